@@ -1,0 +1,67 @@
+"""API keys: who calls, and what they may do.
+
+Keys come from API_KEY and ADMIN_API_KEY, several separated by commas. They are compared in
+constant time and known elsewhere only by a short hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from typing import Literal
+
+from core.settings import Secrets, Settings
+
+Role = Literal["user", "admin"]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who sent a request. `id` is a hash of the key: fit for queues and logs."""
+
+    id: str
+    role: Role
+
+
+ANYONE = Caller("anyone", "admin")
+
+
+class NoKeys(RuntimeError):
+    """No key is configured, and `auth.mode: off` was not chosen."""
+
+
+class Keys:
+    """The configured keys.
+
+    Raises:
+        NoKeys: where there is none and auth.mode is not off.
+    """
+
+    def __init__(self, settings: Settings, secrets: Secrets) -> None:
+        self.off = settings.auth.mode == "off"
+        self._keys: list[tuple[bytes, Caller]] = []
+        for role, secret in (("admin", secrets.admin_api_key), ("user", secrets.api_key)):
+            for key in filter(None, (k.strip() for k in secret.get_secret_value().split(","))):
+                digest = hashlib.sha256(key.encode()).hexdigest()
+                self._keys.append((key.encode(), Caller(digest[:12], "admin" if role == "admin" else "user")))
+        if not self._keys and not self.off:
+            raise NoKeys(
+                "No API key is configured. Set API_KEY and ADMIN_API_KEY in the environment or in .env "
+                "(`make keys` writes random ones), or set auth.mode: off to serve this machine alone."
+            )
+
+    def caller(self, headers: dict[str, str]) -> Caller | None:
+        """Who the headers (lower-case names) prove to be; None for nobody. Takes the same time for
+        every wrong key: all keys are compared, each in constant time."""
+        if self.off:
+            return ANYONE
+        given = headers.get("x-api-key", "")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        if not given and scheme.lower() == "bearer":
+            given = token.strip()
+        found = None
+        for key, caller in self._keys:
+            if hmac.compare_digest(key, given.encode("utf-8", "surrogateescape")) and found is None:
+                found = caller
+        return found

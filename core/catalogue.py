@@ -1,0 +1,212 @@
+"""The models that can be asked for, what each family can do, and requests checked against it.
+
+No torch: the entry process answers GET /capabilities and refuses what cannot run from here,
+before anything is queued. runners.loading makes the pipelines.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import uuid
+from dataclasses import dataclass
+
+from core import schedulers
+from core.generation import GenerationRequest, Pixels, Plan
+from core.problems import FieldError, invalid, invalid_field, nearest
+from core.settings import Dtype, Family, Limits, Model, Settings
+
+_SEEDS = random.SystemRandom()
+
+
+@dataclass(frozen=True)
+class FamilyTraits:
+    """What holds for all models of a family, unless the catalogue's entry says otherwise."""
+
+    size: int
+    min_size: int
+    max_size: int
+    multiple: int
+    num_inference_steps: int
+    guidance_scale: float
+    gpu_dtype: Dtype
+    negative_prompt: bool = True
+    prompt_weights: bool = True
+    clip_skip: bool = True
+    flow: bool = False
+
+
+# Sizes and steps: the models' own cards; dtypes: the seed's table. Max sizes are the sides beyond
+# which a family repeats itself rather than composes.
+FAMILIES: dict[Family, FamilyTraits] = {
+    "starter": FamilyTraits(64, 32, 256, 16, 25, 5.0, "float16"),
+    "sd15": FamilyTraits(512, 128, 1024, 8, 30, 7.5, "float16"),
+    "sd2": FamilyTraits(768, 128, 1536, 8, 30, 7.5, "float16"),
+    "sdxl": FamilyTraits(1024, 256, 2048, 8, 30, 5.0, "float16"),
+    "flux": FamilyTraits(1024, 256, 2048, 16, 28, 3.5, "bfloat16", negative_prompt=False, prompt_weights=False, clip_skip=False, flow=True),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model with its family's defaults filled in."""
+
+    model: Model
+    traits: FamilyTraits
+
+    @property
+    def id(self) -> str:
+        return self.model.id
+
+    @property
+    def size(self) -> int:
+        return self.model.size or self.traits.size
+
+    @property
+    def max_size(self) -> int:
+        return self.model.max_size or self.traits.max_size
+
+    @property
+    def steps(self) -> int:
+        return self.model.num_inference_steps or self.traits.num_inference_steps
+
+    @property
+    def guidance(self) -> float:
+        return self.traits.guidance_scale if self.model.guidance_scale is None else self.model.guidance_scale
+
+    def capabilities(self, limits: Limits) -> dict[str, object]:
+        """What may be asked of this model, as GET /capabilities tells it."""
+        t = self.traits
+        return {
+            "model_id": self.id,
+            "family": self.model.family,
+            "modes": ["txt2img", "img2img"],
+            "size": {"default": self.size, "min": t.min_size, "max": self.max_size, "multiple_of": t.multiple},
+            "num_inference_steps": {"default": self.steps, "min": 1, "max": limits.num_inference_steps},
+            "guidance_scale": {"default": self.guidance, "min": 0, "max": 30},
+            "count_returned": {"default": 1, "min": 1, "max": limits.count_returned},
+            "schedulers": schedulers.names(t.flow),
+            "torch_dtypes": ["float16", "bfloat16", "float32"],
+            "negative_prompt": t.negative_prompt,
+            "prompt_weights": t.prompt_weights,
+            "clip_skip": t.clip_skip,
+            "prompt_tokens": 512 if t.flow else None,
+            "licence": self.model.licence,
+            "commercial_use": self.model.commercial_use,
+        }
+
+
+class Catalogue:
+    """The models of `settings`, by id."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.entries = {m.id: Entry(m, FAMILIES[m.family]) for m in settings.models.catalogue}
+
+    def find(self, model_id: str | None) -> Entry:
+        """The entry for an id, or the default one.
+
+        Raises:
+            Problem: 422 with the list of ids, where it is not listed and unlisted ones are not allowed.
+        """
+        name = model_id or self.settings.models.default
+        if entry := self.entries.get(name):
+            return entry
+        if self.settings.models.allow_unlisted:
+            return self._guess(name)
+        known = list(self.entries)
+        raise invalid_field("model_id", f"there is no model {name!r}{nearest(name, known)}", known, name)
+
+    def _guess(self, name: str) -> Entry:
+        """An unlisted hub id: its family by what such ids usually contain. Local paths stay listed-only,
+        or a request could name any folder of the machine."""
+        owner, slash, repo = name.partition("/")
+        if not (slash and owner and repo) or not all(c.isalnum() or c in "-_." for c in owner + repo) or ".." in name:
+            raise invalid_field("model_id", f"{name!r} is neither listed nor a hub id like 'owner/name'", list(self.entries), name)
+        text = repo.lower()
+        family: Family = "flux" if "flux" in text else "sdxl" if "xl" in text else "sd2" if "-2" in text else "sd15"
+        return Entry(Model(id=name, family=family), FAMILIES[family])
+
+    def plan(self, request: GenerationRequest, image: Pixels | None, client: str) -> Plan:
+        """Check `request` against its model and the limits, and fill in every default.
+
+        Args:
+            request: as the contract's translation made it.
+            image: the input picture of img2img, already safe RGB; None for text-to-image.
+            client: who asks (a hash of the key), for fairness between keys.
+
+        Raises:
+            Problem: 422 that lists every field that cannot be honoured.
+        """
+        entry, limits = self.find(request.model_id), self.settings.limits
+        errors, notes = [], []
+        traits = entry.traits
+
+        def refuse(field: str, message: str, allowed: str | list[str] | None, given: object) -> None:
+            errors.append(FieldError(field=field, message=message, allowed=allowed, given=str(given)[:80]))
+
+        for name in ("prompt", "negative_prompt"):
+            if (length := len(getattr(request, name))) > limits.prompt_characters:
+                refuse(name, "is too long", f"at most {limits.prompt_characters} characters", f"{length} characters")
+        if request.negative_prompt and not traits.negative_prompt:
+            refuse("negative_prompt", f"{entry.id} ({entry.model.family}) takes no negative prompt", "leave it out", request.negative_prompt)
+        if request.clip_skip and not traits.clip_skip:
+            refuse("clip_skip", f"{entry.id} ({entry.model.family}) has no CLIP layers to skip", "0", request.clip_skip)
+        if request.count_returned > limits.count_returned:
+            refuse("count_returned", "is too large", f"1 to {limits.count_returned}", request.count_returned)
+        steps = request.num_inference_steps or entry.steps
+        if steps > limits.num_inference_steps:
+            refuse("num_inference_steps", "is too large", f"1 to {limits.num_inference_steps}", steps)
+        strength = None
+        if image is not None:
+            strength = 0.75 if request.strength is None else request.strength
+            if int(steps * strength) < 1:
+                refuse("strength", f"{strength:g} of {steps} steps leaves none to run", f"at least {1 / steps:.3g}, or more steps", strength)
+        elif request.strength is not None:
+            refuse("strength", "only has a meaning with an input image", "leave it out, or send image", request.strength)
+        width, height = self._size(entry, request, image)
+        for name, value in (("width", width), ("height", height)):
+            if value % traits.multiple or not traits.min_size <= value <= entry.max_size:
+                refuse(name, f"does not fit {entry.id}", f"{traits.min_size} to {entry.max_size}, a multiple of {traits.multiple}", value)
+        scheduler = schedulers.find(request.scheduler, traits.flow).name if request.scheduler else None
+        if errors:
+            raise invalid(errors)
+
+        guidance = entry.guidance if request.guidance_scale is None else request.guidance_scale
+        if request.negative_prompt and guidance <= 1:
+            notes.append("negative_prompt has no effect at a guidance_scale of 1 or less")
+        if image is not None and request.width is None and request.height is None and (width, height) != (image.width, image.height):
+            notes.append(f"the input image was resized from {image.width}x{image.height} to {width}x{height}")
+        first = request.seed if request.seed is not None and request.seed >= 0 else _SEEDS.randrange(2**32)
+        return Plan(
+            id=uuid.uuid4().hex,
+            client=client,
+            model_id=entry.id,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            torch_dtype=request.torch_dtype or entry.model.torch_dtype,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            width=width,
+            height=height,
+            seeds=[first + i for i in range(request.count_returned)],
+            scheduler=scheduler,
+            strength=strength,
+            clip_skip=request.clip_skip,
+            image=image,
+            deadline_s=min(request.deadline_s or self.settings.queue.deadline_s, self.settings.queue.deadline_s),
+            notes=notes,
+        )
+
+    def _size(self, entry: Entry, request: GenerationRequest, image: Pixels | None) -> tuple[int, int]:
+        """Width and height: as asked; else the input image's shape at the model's usual area."""
+        if image is None or request.width is not None or request.height is not None:
+            return request.width or entry.size, request.height or entry.size
+        step = entry.traits.multiple
+        shape = math.sqrt(image.width / image.height)
+
+        def side(length: float) -> int:
+            rounded = max(round(length / step), math.ceil(entry.traits.min_size / step)) * step
+            return min(rounded, entry.max_size // step * step)
+
+        return side(entry.size * shape), side(entry.size / shape)

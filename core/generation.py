@@ -1,0 +1,177 @@
+"""What a request for pictures is, and what comes back: the messages between api and runners.
+
+Every HTTP contract is translated into one `GenerationRequest`; core.catalogue turns it into a
+`Plan` (all defaults filled in, checked against the model); a runner answers with a `Generation`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from core.problems import ProblemDetails
+from core.settings import Dtype
+
+MAX_SEED = 2**53 - 1  # the largest that JSON readers hold exactly
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+
+class GenerationRequest(BaseModel):
+    """A request for pictures, by the names that diffusers gives its arguments.
+
+    What is left out takes the model's default. Values out of range and unknown names are refused.
+    """
+
+    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
+
+    prompt: str = Field(min_length=1, description="What to draw. `(words:1.3)` weighs words as in A1111.")
+    negative_prompt: str = Field("", description="What to stay away from.")
+    model_id: str | None = Field(None, max_length=300, description="A model of the catalogue; see GET /capabilities.")
+    torch_dtype: Dtype | None = Field(None, description="Precision; the family's default if left out.")
+    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
+    guidance_scale: float | None = Field(None, ge=0, le=30, allow_inf_nan=False, description="Classifier-free guidance.")
+    width: int | None = Field(None, ge=8, le=16384, description="Pixels.")
+    height: int | None = Field(None, ge=8, le=16384, description="Pixels.")
+    count_returned: int = Field(1, ge=1, description="How many pictures; picture i has seed + i.")
+    seed: int | None = Field(None, ge=-1, le=MAX_SEED, description="-1 or left out: random, and told in the answer.")
+    scheduler: str | None = Field(None, max_length=80, description='As diffusers or A1111 write it: "DPM++ 2M Karras".')
+    strength: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="img2img: 0 keeps, 1 redraws. Default 0.75.")
+    clip_skip: int = Field(0, ge=0, le=11, description="Last text-encoder layers to skip (A1111's number less one).")
+    format: ImageFormat = Field("png", description="The pictures' file format.")
+    quality: int = Field(90, ge=1, le=100, description="For jpeg and webp.")
+    deadline_s: float | None = Field(None, gt=0, le=86400, allow_inf_nan=False, description="Give up after so many seconds.")
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def no_control_characters(cls, text: str) -> str:
+        for character in text:
+            if (ord(character) < 32 and character not in "\n\r\t") or ord(character) == 127 or 0xD800 <= ord(character) < 0xE000:
+                raise ValueError(f"has the control character U+{ord(character):04X}; only tab and line breaks are allowed")
+        return text
+
+    @field_validator("torch_dtype", mode="before")
+    @classmethod
+    def usual_dtype_names(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        name = value.strip().lower().removeprefix("torch.")
+        return {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}.get(name, name)
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def usual_format_names(cls, value: Any) -> Any:
+        name = value.lower() if isinstance(value, str) else value
+        return "jpeg" if name == "jpg" else name
+
+
+class Pixels(BaseModel):
+    """An RGB picture as it travels between processes: 8 bits a channel, row by row."""
+
+    model_config = ConfigDict(frozen=True)
+    width: int
+    height: int
+    data: bytes
+
+
+class Plan(BaseModel):
+    """A request that can run: every value decided, except what only the device knows (dtype)."""
+
+    model_config = ConfigDict(frozen=True)
+    id: str
+    client: str
+    model_id: str
+    prompt: str
+    negative_prompt: str
+    torch_dtype: Dtype | None
+    num_inference_steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    seeds: list[int]
+    scheduler: str | None
+    strength: float | None
+    clip_skip: int
+    image: Pixels | None
+    deadline_s: float
+    notes: list[str]
+
+
+class Timing(BaseModel):
+    """Milliseconds a request spent in each stage."""
+
+    queue: float = 0
+    load: float = 0
+    denoise: float = 0
+    decode: float = 0
+    encode: float = 0
+
+
+class Ran(BaseModel):
+    """The truth about what ran, for headers, metadata and JSON answers."""
+
+    model_id: str
+    family: str
+    scheduler: str
+    schedule: str | None
+    torch_dtype: str
+    device: str
+    num_inference_steps: int
+    steps_run: int
+    guidance_scale: float
+    width: int
+    height: int
+    clip_skip: int
+    strength: float | None
+    prompt: str
+    negative_prompt: str
+    prompt_tokens: int
+    prompt_tokens_cut: int
+    licence: str
+    commercial_use: bool
+    notes: list[str]
+    libraries: dict[str, str]
+    timing: Timing
+
+
+class Generation(BaseModel):
+    """What a runner answers: pictures with their seeds, or the problem that stood in the way."""
+
+    pictures: list[Pixels] = []
+    seeds: list[int] = []
+    ran: Ran | None = None
+    problem: ProblemDetails | None = None
+
+
+class ResidentModel(BaseModel):
+    """A model as /buffer_status shows it."""
+
+    model_id: str
+    family: str
+    state: Literal["cold", "downloading", "loading", "warm", "failed"]
+    device: str | None = None
+    torch_dtype: str | None = None
+    resident_bytes: int = 0
+    last_used_s_ago: float | None = None
+    unload_in_s: float | None = None
+    error: str | None = None
+
+
+class QueueStatus(BaseModel):
+    running: int
+    waiting: int
+    limit: int
+    mean_service_s: float | None
+
+
+class RunnerStatus(BaseModel):
+    """A runner's answer to "how are you": its models, queue and device."""
+
+    service: str
+    ready: bool
+    draining: bool
+    device: str
+    memory_budget_bytes: int
+    resident_bytes: int
+    models: list[ResidentModel]
+    queue: QueueStatus

@@ -1,0 +1,147 @@
+"""Pictures in and out: untrusted bytes to safe RGB, RGB to PNG, JPEG or WebP.
+
+The only place where Pillow opens what a client sent. The format is read from the bytes (never
+from a name or a Content-Type), and size and frames are checked before pixels are decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from core.generation import ImageFormat, Pixels
+from core.problems import Problem, invalid_field, problem
+from core.settings import Limits
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MEDIA_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+# The limit is ours, checked below with a clear answer, not Pillow's warning.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def decode(data: bytes, limits: Limits, field: str = "image") -> Pixels:
+    """Turn an upload into RGB: first frame, EXIF orientation applied, alpha laid on white, ICC to
+    sRGB, 16 bits to 8.
+
+    Raises:
+        Problem: 413 for too many bytes or pixels, 415 for what is no picture of a known format,
+            422 for one that is broken.
+    """
+    if not data:
+        raise invalid_field(field, "is empty", f"a picture as {', '.join(FORMATS)}")
+    if len(data) > limits.image_bytes:
+        raise problem(413, "image-too-large", "Image too large", f"{field} may have at most {limits.image_bytes} bytes.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                width, height = opened.size
+                if width < 1 or height < 1:
+                    raise invalid_field(field, "has no pixels", "at least 1x1", f"{width}x{height}")
+                if width * height > limits.image_pixels:
+                    raise problem(
+                        413, "image-too-large", "Image too large",
+                        f"{field} is {width}x{height}; at most {limits.image_pixels} pixels are allowed.",
+                    )
+                if max(width, height) > 100 * min(width, height):
+                    raise invalid_field(field, "is too narrow", "sides within 1:100", f"{width}x{height}")
+                opened.load()
+                return _pixels(_rgb(opened))
+    except Problem:
+        raise
+    except UnidentifiedImageError:
+        raise problem(415, "not-an-image", "Not a picture", f"{field} is not a picture in {', '.join(FORMATS)}.") from None
+    except MemoryError:
+        raise problem(413, "image-too-large", "Image too large", f"{field} needs more memory than there is.") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken input
+        raise invalid_field(field, f"is broken: {_cause(error)}", f"a whole picture as {', '.join(FORMATS)}") from None
+
+
+def _cause(error: Exception) -> str:
+    text = str(error).split("\n")[0]
+    return text[:100] if text and isinstance(error, (OSError, SyntaxError, ValueError)) else "it cannot be decoded"
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        low, high = image.getextrema()
+        top = 65535 if image.mode.startswith("I;16") or (isinstance(high, (int, float)) and high > 255) else 255
+        image = image.convert("F").point(lambda value: value * (255 / top)).convert("L")
+        profile = None
+    if profile and image.mode in ("RGB", "RGBA", "L", "LA", "CMYK"):
+        image = _to_srgb(image, profile)
+    if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    return image.convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Colour-managed to sRGB; a profile that cannot be used is left out, as browsers do."""
+    alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
+    base = image.convert("RGB") if image.mode == "RGBA" else image.convert("L") if image.mode == "LA" else image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        managed = ImageCms.profileToProfile(base, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    if managed is None:
+        return image
+    if alpha is not None:
+        managed.putalpha(alpha)
+    return managed
+
+
+def _pixels(image: Image.Image) -> Pixels:
+    return Pixels(width=image.width, height=image.height, data=image.tobytes())
+
+
+def to_pil(pixels: Pixels) -> Image.Image:
+    return Image.frombytes("RGB", (pixels.width, pixels.height), pixels.data)
+
+
+def encode(pixels: Pixels, format: ImageFormat, quality: int = 90, texts: dict[str, str] | None = None) -> bytes:
+    """A picture file.
+
+    Args:
+        pixels: RGB.
+        format: png, jpeg or webp; `quality` (1 to 100) is for the last two.
+        texts: metadata; text chunks in a PNG, and its `parameters` in EXIF UserComment elsewhere.
+    """
+    image, out = to_pil(pixels), io.BytesIO()
+    if format == "png":
+        info = PngImagePlugin.PngInfo()
+        for key, text in (texts or {}).items():
+            # A1111 writes tEXt where Latin-1 holds the text and iTXt where not; add_text does the same.
+            info.add_text(key, text)
+        image.save(out, "PNG", pnginfo=info, compress_level=4)
+    else:
+        comment = (texts or {}).get("parameters")
+        exif = exif_user_comment(comment) if comment else b""
+        image.save(out, format.upper(), quality=quality, exif=exif)
+    return out.getvalue()
+
+
+def exif_user_comment(text: str) -> bytes:
+    """An EXIF block with one UserComment in Unicode (UTF-16, big-endian), as A1111 writes it."""
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: b"UNICODE\x00" + text.encode("utf-16-be", "surrogatepass")}
+    return exif.tobytes()
+
+
+def contact_sheet(pictures: list[Pixels]) -> Pixels:
+    """All pictures (of one size) in one, row by row, as near a square as they go."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    width, height = pictures[0].width, pictures[0].height
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(to_pil(picture), (i % columns * width, i // columns * height))
+    return _pixels(sheet)

@@ -1,0 +1,55 @@
+"""What a picture says of itself: A1111's `parameters` text, and a JSON record.
+
+The text follows A1111's infotext, so that its users' tools (and PNG Info) read it; the JSON
+record beside it has everything, for replay.
+"""
+
+from __future__ import annotations
+
+import json
+
+from core.generation import Generation, Ran
+
+
+def _quote(value: object) -> str:
+    """A1111's rule: a value with a comma, a colon or a line break is JSON-quoted."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ",:\n") else text
+
+
+def parameters(ran: Ran, seed: int) -> str:
+    """A1111's infotext: the prompt, `Negative prompt: ...`, and a line of settings."""
+    settings: dict[str, object] = {
+        "Steps": ran.num_inference_steps,
+        "Sampler": ran.scheduler,
+        "Schedule type": ran.schedule,
+        "CFG scale": f"{ran.guidance_scale:g}",
+        "Seed": seed,
+        "Size": f"{ran.width}x{ran.height}",
+        "Model": ran.model_id,
+        "Clip skip": ran.clip_skip + 1 if ran.clip_skip else None,
+        "Denoising strength": None if ran.strength is None else f"{ran.strength:g}",
+        "Version": f"easel {ran.libraries['easel']}",
+    }
+    lines = [ran.prompt]
+    if ran.negative_prompt:
+        lines.append(f"Negative prompt: {ran.negative_prompt}")
+    lines.append(", ".join(f"{key}: {_quote(value)}" for key, value in settings.items() if value is not None))
+    return "\n".join(lines)
+
+
+def record(ran: Ran, seed: int) -> dict[str, object]:
+    """Everything that ran, as plain JSON. The time it took is no part of it: the same request
+    gives the same bytes."""
+    return {**ran.model_dump(exclude={"timing"}), "seed": seed}
+
+
+def texts(generation: Generation, index: int) -> dict[str, str]:
+    """The text chunks of picture `index`."""
+    if generation.ran is None:
+        return {}
+    seed = generation.seeds[index]
+    return {
+        "parameters": parameters(generation.ran, seed),
+        "easel": json.dumps(record(generation.ran, seed), ensure_ascii=False, separators=(",", ":")),
+    }

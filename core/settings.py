@@ -1,0 +1,163 @@
+"""Every setting: configuration.yaml, overridden by the environment, with secrets from `.env`.
+
+`EASEL_CONFIGURATION` names another file; `EASEL_QUEUE__LIMIT=8` overrides one value. The seed's
+variables (API_KEY, ADMIN_API_KEY, HF_TOKEN) keep their names and never stand in the YAML file.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Family = Literal["starter", "sd15", "sd2", "sdxl", "flux"]
+Dtype = Literal["float16", "bfloat16", "float32"]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Server(Section):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 3000
+    grace_s: Seconds = 60
+
+
+class Auth(Section):
+    mode: Literal["keys", "off"] = "keys"
+    public_docs: bool = False
+    public_metrics: bool = False
+
+
+class Limits(Section):
+    body_bytes: Count = 24 * 1024 * 1024
+    image_bytes: Count = 20 * 1024 * 1024
+    image_pixels: Count = 50_000_000
+    prompt_characters: Count = 10_000
+    num_inference_steps: Count = 150
+    count_returned: Count = 16
+
+
+class Queue(Section):
+    limit: Count = 64
+    per_key: Count = 32
+    deadline_s: Seconds = 600
+
+
+class Metadata(Section):
+    embed: bool = True
+
+
+class Model(Section):
+    """One entry of the catalogue. `source` is where the weights are if not at `id` itself: a hub
+    id, a folder in diffusers' layout, or a single .safetensors file (with `config`, a folder that
+    has the components' configurations)."""
+
+    id: str
+    family: Family
+    source: str | None = None
+    config: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+    torch_dtype: Dtype | None = None
+    num_inference_steps: Count | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)] | None = None
+    size: Count | None = None
+    max_size: Count | None = None
+    licence: str = "unknown"
+    commercial_use: bool = False
+    idle_timeout_s: Seconds | None = None
+
+
+class Models(Section):
+    default: str = "starter/stable-diffusion"
+    allow_unlisted: bool = False
+    warm_up: list[str] = []
+    idle_timeout_s: Seconds = 600
+    memory_budget_bytes: Count | None = None
+    max_batch: Count = 4
+    device: str | None = None
+    cpu_threads: Count | None = None
+    catalogue: list[Model] = []
+
+    @model_validator(mode="after")
+    def names_are_listed(self) -> Models:
+        ids = [m.id for m in self.catalogue]
+        if repeated := {i for i in ids if ids.count(i) > 1}:
+            raise ValueError(f"models.catalogue lists {', '.join(sorted(repeated))} more than once")
+        if not self.allow_unlisted:
+            for name in [self.default, *self.warm_up]:
+                if name not in ids:
+                    raise ValueError(f"{name!r} is not in models.catalogue ({', '.join(ids) or 'which is empty'})")
+        return self
+
+
+class Runner(Section):
+    """Where a runner service runs. `gpu: null` takes one GPU where there is one."""
+
+    gpu: Annotated[int, Field(ge=0)] | None = None
+
+
+class Settings(BaseSettings):
+    """The whole configuration, checked; unknown names are refused."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="EASEL_", env_nested_delimiter="__", extra="forbid", frozen=True, nested_model_default_partial_update=True
+    )
+
+    server: Server = Server()
+    auth: Auth = Auth()
+    limits: Limits = Limits()
+    queue: Queue = Queue()
+    metadata: Metadata = Metadata()
+    models: Models = Models(allow_unlisted=True)
+    stable_diffusion: Runner = Runner()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = configuration_path()
+        if not path.is_file():
+            raise FileNotFoundError(f"no configuration at {path}; EASEL_CONFIGURATION names it")
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, path)
+
+
+class Secrets(BaseSettings):
+    """Keys and tokens, from the environment or `.env`; never logged, never in an answer."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True)
+
+    api_key: SecretStr = SecretStr("")
+    admin_api_key: SecretStr = SecretStr("")
+    hf_token: SecretStr = SecretStr("")
+
+
+def configuration_path() -> Path:
+    return Path(os.environ.get("EASEL_CONFIGURATION", ROOT / "configuration.yaml"))
+
+
+@lru_cache(maxsize=1)
+def load() -> Settings:
+    """The settings of this process, read once."""
+    return Settings()
+
+
+@lru_cache(maxsize=1)
+def secrets() -> Secrets:
+    """The secrets of this process: `.env` beside the configuration, under the environment."""
+    return Secrets(_env_file=configuration_path().parent / ".env")

@@ -1,0 +1,137 @@
+"""From a catalogue entry to a pipeline in memory: fetch the weights, then load them.
+
+Fetching (hub to disk) may take long and needs no device, so it runs beside the queue; loading
+happens in the device's thread. Weights are safetensors only. Every failure is a 503 Problem that
+names the model and what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from core.catalogue import Entry
+from core.problems import Problem, unavailable
+from core.settings import ROOT, Family
+
+
+@dataclass(frozen=True)
+class PipelineClasses:
+    txt2img: type[DiffusionPipeline]
+    img2img: type[DiffusionPipeline]
+
+
+_SD = PipelineClasses(StableDiffusionPipeline, StableDiffusionImg2ImgPipeline)
+CLASSES: dict[Family, PipelineClasses] = {
+    "starter": _SD,
+    "sd15": _SD,
+    "sd2": _SD,
+    "sdxl": PipelineClasses(StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline),
+    "flux": PipelineClasses(FluxPipeline, FluxImg2ImgPipeline),
+}
+# The image checker of SD 1.x needs weights and torchvision; it is not part of making a picture.
+_WITHOUT_CHECKER: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def device_for(setting: str | None) -> torch.device:
+    """The configured device, or the best there is."""
+    if setting:
+        return torch.device(setting)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def fetch(entry: Entry, token: str | None) -> Path:
+    """Make the model's files local; return the folder, or the single file.
+
+    Raises:
+        Problem: 503 that says what stands in the way: no such repository, gated, no network, disk full.
+    """
+    source = entry.model.source or entry.id
+    for path in (Path(source).expanduser(), ROOT / source):
+        if path.exists():
+            return path
+    if entry.model.source and (source.startswith((".", "/", "~")) or source.endswith(".safetensors")):
+        raise unavailable(f"The weights of {entry.id} are not at {source}. Put them there, or mend `source` in configuration.yaml.", slug="model-missing")
+    try:
+        return Path(
+            CLASSES[entry.model.family].txt2img.download(
+                source, revision=entry.model.revision, variant=entry.model.variant, token=token or None, use_safetensors=True
+            )
+        )
+    except Exception as error:
+        raise explain(entry, error) from error
+
+
+def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    """Load the text-to-image pipeline from local files onto the device.
+
+    Raises:
+        Problem: 503 where files are missing or broken, or memory does not suffice.
+    """
+    cls = CLASSES[entry.model.family].txt2img
+    extra = {} if entry.model.family in ("sdxl", "flux") else _WITHOUT_CHECKER
+    try:
+        if path.is_file():
+            config = entry.model.config and str(ROOT / entry.model.config)
+            pipeline = cls.from_single_file(str(path), torch_dtype=dtype, config=config, local_files_only=bool(config), **extra)
+        else:
+            pipeline = cls.from_pretrained(
+                path, torch_dtype=dtype, use_safetensors=True, variant=entry.model.variant, local_files_only=True, **extra
+            )
+        pipeline.to(device)
+    except Exception as error:
+        raise explain(entry, error) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def explain(entry: Entry, error: BaseException) -> Problem:
+    """What kept `entry` from being had, and what the person who runs the service can do."""
+    source = entry.model.source or entry.id
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, torch.OutOfMemoryError) or isinstance(error, MemoryError):
+        return unavailable(f"{entry.id} does not fit the memory that is free.", retry_after=60, slug="model-memory")
+    if isinstance(error, GatedRepoError):
+        return unavailable(f"{source} is gated: accept its licence on its hub page and set HF_TOKEN to a token of that account.", slug="model-gated")
+    if isinstance(error, RepositoryNotFoundError):
+        return unavailable(f"The hub has no {source}, or HF_TOKEN may not read it.", slug="model-missing")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return unavailable(f"The disk is full; {source} cannot be stored. Free some space in {cache_folder()}.", slug="disk-full")
+    if isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", None) in (401, 403):
+        return unavailable(f"The hub refuses {source}: HF_TOKEN is missing, wrong or without rights.", slug="model-gated")
+    if isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)) or _is_network(error):
+        return unavailable(
+            f"The hub cannot be reached for {source}, and it is not on this machine. Check the network, "
+            "or give a local folder as `source` in configuration.yaml.",
+            retry_after=60,
+            slug="model-unreachable",
+        )
+    first_line = str(error).strip().split("\n")[0][:200]
+    return unavailable(f"{entry.id} cannot be loaded from {source}: {first_line}", slug="model-broken")
+
+
+def _is_network(error: BaseException) -> bool:
+    names = {cls.__name__ for e in (error, error.__cause__, error.__context__) if e for cls in type(e).__mro__}
+    return bool(names & {"ConnectError", "ConnectTimeout", "TransportError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"})
+
+
+def cache_folder() -> str:
+    return os.environ.get("HF_HOME", "~/.cache/huggingface")

@@ -1,0 +1,154 @@
+"""Prompts to embeddings: A1111's weights, prompts of any length, and clip skip, through compel.
+
+`(words)` weighs 1.1, `[words]` 1/1.1, `(words:1.3)` what it says; `\\(` is a plain bracket. The
+parsed fragments go to compel, which chunks long prompts into windows of 77 tokens.
+Source of the syntax: A1111 wiki, "Attention/emphasis".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsType
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from core.generation import Plan
+from core.settings import Family
+
+_TOKEN = re.compile(r"\\\\|\\[()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|:|\\")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The pipeline's prompt arguments, and how much of the prompt they hold."""
+
+    arguments: dict[str, Any]
+    tokens: int
+    cut: int
+    notes: list[str]
+
+
+def parse_weights(prompt: str) -> list[tuple[str, float]]:
+    """A prompt as (text, weight) fragments. Unbalanced brackets are plain text's best reading:
+    an open one weighs to the end, a stray closing one is text. Weights are kept within 0 to 10."""
+    fragments: list[tuple[str, float]] = []
+    round_open: list[int] = []
+    square_open: list[int] = []
+
+    def scale(start: int, factor: float) -> None:
+        for i in range(start, len(fragments)):
+            fragments[i] = (fragments[i][0], fragments[i][1] * factor)
+
+    for match in _TOKEN.finditer(prompt):
+        text, weight = match.group(0), match.group(1)
+        if text.startswith("\\") and len(text) == 2:
+            fragments.append((text[1], 1.0))
+        elif text == "(":
+            round_open.append(len(fragments))
+        elif text == "[":
+            square_open.append(len(fragments))
+        elif weight is not None and round_open:
+            scale(round_open.pop(), float(weight))
+        elif text == ")" and round_open:
+            scale(round_open.pop(), 1.1)
+        elif text == "]" and square_open:
+            scale(square_open.pop(), 1 / 1.1)
+        else:
+            fragments.append((text, 1.0))
+    for start in round_open:
+        scale(start, 1.1)
+    for start in square_open:
+        scale(start, 1 / 1.1)
+    merged: list[tuple[str, float]] = []
+    for text, weight in ((t, min(10.0, max(0.0, w))) for t, w in fragments):
+        if merged and merged[-1][1] == weight:
+            merged[-1] = (merged[-1][0] + text, weight)
+        else:
+            merged.append((text, weight))
+    return [(t, w) for t, w in merged if t.strip()] or [("", 1.0)]
+
+
+def embed(pipe: DiffusionPipeline, family: Family, plan: Plan) -> Embedded:
+    """Everything the pipeline needs of the prompts, as its keyword arguments."""
+    if family == "flux":
+        return _for_flux(pipe, plan)
+    with torch.inference_mode():
+        return _for_sdxl(pipe, plan) if family == "sdxl" else _for_sd(pipe, plan)
+
+
+def _for_sd(pipe: DiffusionPipeline, plan: Plan) -> Embedded:
+    positive, negative = parse_weights(plan.prompt), parse_weights(plan.negative_prompt)
+    with _fewer_layers(pipe.text_encoder, plan.clip_skip):
+        embeds = _weighted(pipe.tokenizer, pipe.text_encoder, [positive, negative], ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED)
+    arguments = {"prompt_embeds": embeds[:1], "negative_prompt_embeds": embeds[1:]}
+    return Embedded(arguments, _count(pipe.tokenizer, positive), 0, [])
+
+
+def _for_sdxl(pipe: DiffusionPipeline, plan: Plan) -> Embedded:
+    positive, negative = parse_weights(plan.prompt), parse_weights(plan.negative_prompt)
+    kind = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+    parts = []
+    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
+        with _fewer_layers(encoder, plan.clip_skip):
+            parts.append(_weighted(tokenizer, encoder, [positive, negative], kind))
+    embeds = torch.cat(parts, dim=-1)
+    texts = ["".join(text for text, _ in fragments) for fragments in (positive, negative)]
+    pooled = EmbeddingsProvider(pipe.tokenizer_2, pipe.text_encoder_2).get_pooled_embeddings(texts)
+    tokens = _count(pipe.tokenizer, positive)
+    notes = ["the pooled text embedding holds the prompt's first 75 tokens; all tokens reach cross-attention"] if tokens > 75 else []
+    arguments = {
+        "prompt_embeds": embeds[:1],
+        "negative_prompt_embeds": embeds[1:],
+        "pooled_prompt_embeds": pooled[:1],
+        "negative_pooled_prompt_embeds": pooled[1:],
+    }
+    return Embedded(arguments, tokens, 0, notes)
+
+
+def _for_flux(pipe: DiffusionPipeline, plan: Plan) -> Embedded:
+    limit = 512
+    tokens = len(pipe.tokenizer_2(plan.prompt, truncation=False).input_ids) - 1
+    notes = []
+    if any(weight != 1 for _, weight in parse_weights(plan.prompt)):
+        notes.append("prompt weights are plain text to this model")
+    if len(pipe.tokenizer(plan.prompt, truncation=False).input_ids) > pipe.tokenizer.model_max_length:
+        notes.append("the CLIP embedding holds the prompt's first 75 tokens; T5 reads up to 512")
+    return Embedded({"prompt": plan.prompt, "max_sequence_length": limit}, tokens, max(0, tokens - (limit - 1)), notes)
+
+
+def _weighted(tokenizer: Any, encoder: nn.Module, prompts: list[list[tuple[str, float]]], kind: ReturnedEmbeddingsType) -> Tensor:
+    """Embeddings of all prompts, (N, 77 * windows, width), padded to one length with the empty prompt's."""
+    provider = EmbeddingsProvider(tokenizer, encoder, truncate=False, returned_embeddings_type=kind)
+    each = [
+        provider.get_embeddings_for_weighted_prompt_fragments(
+            text_batch=[[t for t, _ in fragments]], fragment_weights_batch=[[w for _, w in fragments]]
+        )
+        for fragments in prompts
+    ]
+    longest = max(e.shape[1] for e in each)
+    empty = provider.empty_z.to(each[0].dtype).reshape(1, -1, each[0].shape[-1])
+    return torch.cat([torch.cat([e, *[empty] * ((longest - e.shape[1]) // empty.shape[1])], dim=1) for e in each])
+
+
+@contextlib.contextmanager
+def _fewer_layers(encoder: Any, skip: int) -> Iterator[None]:
+    """The text encoder without its last `skip` layers: its final norm then sits on an earlier one,
+    which is what diffusers' clip_skip computes."""
+    stack = getattr(encoder, "text_model", encoder).encoder
+    layers = stack.layers
+    kept = max(1, len(layers) - skip)
+    stack.layers = layers[:kept]
+    try:
+        yield
+    finally:
+        stack.layers = layers
+
+
+def _count(tokenizer: Any, fragments: list[tuple[str, float]]) -> int:
+    return len(tokenizer("".join(text for text, _ in fragments), truncation=False).input_ids) - 2

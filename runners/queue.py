@@ -1,0 +1,178 @@
+"""The bounded queue in front of a device, and the one thread that owns the device.
+
+Others only submit and cancel. Keys take turns: a key with fifty requests waiting does not hold up
+one with a single request. A slot is free only when the thread is really done with its work.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from core import problems
+from core.generation import QueueStatus
+
+log = logging.getLogger("easel.queue")
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass
+class Job(Generic[T, R]):
+    """A task on its way: `check()` is what the work calls between its steps."""
+
+    id: str
+    client: str
+    task: T
+    deadline_s: float
+    submitted: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    future: Future[R] = field(default_factory=Future)
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def check(self) -> None:
+        """Raise the Problem that ends this job, if there is one: cancelled, or out of time."""
+        if self._cancelled.is_set():
+            raise problems.cancelled()
+        if time.monotonic() - self.submitted > self.deadline_s:
+            raise problems.deadline_passed(self.deadline_s)
+
+
+class DeviceQueue(Generic[T, R]):
+    """Jobs waiting by key, and the worker thread.
+
+    Args:
+        work: runs one job on the device, in the worker thread; what it returns or raises is the
+            job's outcome.
+        rest: called in the worker thread about once a second when nothing is waiting.
+        limit: how many jobs may wait in all; `per_key`: how many of one key.
+    """
+
+    def __init__(self, work: Callable[[Job[T, R]], R], rest: Callable[[], None], limit: int, per_key: int) -> None:
+        self._work, self._rest, self.limit, self.per_key = work, rest, limit, per_key
+        self._waiting: OrderedDict[str, deque[Job[T, R]]] = OrderedDict()
+        self._running: Job[T, R] | None = None
+        self._count = 0
+        self._mean_s: float | None = None
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job[T, R]) -> Future[R]:
+        """Queue a job; its future holds the outcome.
+
+        Raises:
+            Problem: 429 with Retry-After when the queue, or the key's share of it, is full.
+        """
+        with self._changed:
+            own = len(self._waiting.get(job.client, ()))
+            if self._count >= self.limit or own >= self.per_key:
+                whose = "queue is" if self._count >= self.limit else "key's share of the queue is"
+                raise problems.problem(
+                    429, "queue-full", "Too many requests",
+                    f"The {whose} full ({self._count} requests wait). Try again later.",
+                    retry_after=self._wait_s(own if self._count < self.limit else self._count),
+                )
+            self._waiting.setdefault(job.client, deque()).append(job)
+            self._count += 1
+            self._changed.notify()
+        return job.future
+
+    def cancel(self, job_id: str) -> bool:
+        """Stop a job, waiting or running (then at its next step); False for an unknown one."""
+        with self._changed:
+            if self._running is not None and self._running.id == job_id:
+                self._running.cancel()
+                return True
+            for client, jobs in self._waiting.items():
+                for job in jobs:
+                    if job.id == job_id:
+                        jobs.remove(job)
+                        self._count -= 1
+                        if not jobs:
+                            del self._waiting[client]
+                        job.future.set_exception(problems.cancelled())
+                        return True
+        return False
+
+    def status(self) -> QueueStatus:
+        with self._changed:
+            return QueueStatus(running=int(self._running is not None), waiting=self._count, limit=self.limit, mean_service_s=self._mean_s)
+
+    @property
+    def idle(self) -> bool:
+        with self._changed:
+            return self._running is None and self._count == 0
+
+    def close(self) -> None:
+        """End the thread after the job in hand; what still waits gets a 503."""
+        with self._changed:
+            self._closed = True
+            for jobs in self._waiting.values():
+                for job in jobs:
+                    job.future.set_exception(problems.unavailable("The service is shutting down.", retry_after=10))
+            self._waiting.clear()
+            self._count = 0
+            self._changed.notify()
+        self._thread.join()
+
+    def _wait_s(self, ahead: int) -> int:
+        """Seconds until a place is likely to be free: one service time, at least a second."""
+        return max(1, math.ceil((self._mean_s or 1) * min(ahead, 2)))
+
+    def _next(self) -> Job[T, R] | None:
+        """The next job in turn: the first of the key that has waited longest for its turn."""
+        with self._changed:
+            if not self._count and not self._closed:
+                self._changed.wait(timeout=1)
+            if not self._count:
+                return None
+            client, jobs = self._waiting.popitem(last=False)
+            job = jobs.popleft()
+            if jobs:
+                self._waiting[client] = jobs  # at the back: the other keys come first
+            self._count -= 1
+            self._running = job
+            return job
+
+    def _run(self) -> None:
+        while not self._closed:
+            job = self._next()
+            if job is None:
+                self._safely_rest()
+                continue
+            job.started = time.monotonic()
+            try:
+                job.check()
+                outcome = self._work(job)
+            except BaseException as error:
+                self._finish(job)
+                job.future.set_exception(error)
+            else:
+                self._finish(job)
+                job.future.set_result(outcome)
+            del job
+
+    def _finish(self, job: Job[T, R]) -> None:
+        """Free the slot before the waiter hears of it, so that it sees a free slot."""
+        with self._changed:
+            self._running = None
+            took = time.monotonic() - (job.started or job.submitted)
+            self._mean_s = took if self._mean_s is None else 0.8 * self._mean_s + 0.2 * took
+
+    def _safely_rest(self) -> None:
+        try:
+            self._rest()
+        except Exception:
+            log.exception("housekeeping failed")

@@ -1,0 +1,203 @@
+"""Which models are in memory: load on first use, unload when idle, evict the least recently used.
+
+Only the device's thread calls `acquire`, `sweep` and `unload_all`; `snapshot` may be called from
+anywhere. Bytes are measured, on the device or by counting the tensors, not looked up in a table.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from diffusers import DiffusionPipeline
+
+from core import problems
+from core.catalogue import Entry
+from core.generation import ResidentModel
+from core.settings import Models
+from runners import loading
+
+log = logging.getLogger("easel.residency")
+Load = Callable[[Entry, Path, torch.dtype, torch.device], DiffusionPipeline]
+
+
+@dataclass
+class Resident:
+    """A model in memory: its two pipelines share all components."""
+
+    entry: Entry
+    dtype: torch.dtype
+    txt2img: DiffusionPipeline
+    img2img: DiffusionPipeline
+    bytes: int
+    used: float
+    load_s: float
+
+
+class Residency:
+    """The models on one device, under a memory budget.
+
+    Args:
+        settings: idle timeouts and the budget (bytes; by default four fifths of the device's memory).
+        device: where models go.
+        load: makes a pipeline from local files.
+    """
+
+    def __init__(self, settings: Models, device: torch.device, load: Load = loading.load) -> None:
+        self.settings, self.device, self._load = settings, device, load
+        self.budget = settings.memory_budget_bytes or _device_memory(device) * 4 // 5
+        self._residents: dict[tuple[str, torch.dtype], Resident] = {}
+        self._states: dict[str, tuple[str, str | None]] = {}
+        self._lock = threading.Lock()
+
+    def acquire(self, entry: Entry, path: Path, dtype: torch.dtype) -> Resident:
+        """The model in memory, loaded now if it is not.
+
+        Raises:
+            Problem: 503 where it cannot be loaded, or is larger than the whole budget.
+        """
+        key = (entry.id, dtype)
+        if resident := self._residents.get(key):
+            resident.used = time.monotonic()
+            return resident
+        self.note(entry.id, "loading")
+        try:
+            resident = self._bring_in(entry, path, dtype)
+        except problems.Problem as problem:
+            self.note(entry.id, "failed", problem.details.detail)
+            release_memory(self.device)
+            raise
+        with self._lock:
+            self._residents[key] = resident
+            self._states.pop(entry.id, None)
+        self._evict(0, keep=key)
+        log.info("loaded %s as %s on %s: %.1f MiB in %.1f s", entry.id, dtype, self.device, resident.bytes / 2**20, resident.load_s)
+        return resident
+
+    def _bring_in(self, entry: Entry, path: Path, dtype: torch.dtype) -> Resident:
+        estimate = _weights_on_disk(path, dtype)
+        if estimate > self.budget:
+            raise problems.unavailable(
+                f"{entry.id} needs about {estimate >> 20} MiB; models.memory_budget_bytes allows {self.budget >> 20} MiB.",
+                slug="model-memory",
+            )
+        self._evict(estimate)
+        started, before = time.monotonic(), _allocated(self.device)
+        txt2img = self._load(entry, path, dtype, self.device)
+        img2img = loading.CLASSES[entry.model.family].img2img(**txt2img.components, **_flags(txt2img))
+        img2img.set_progress_bar_config(disable=True)
+        measured = (_allocated(self.device) - before) if self.device.type == "cuda" else _tensor_bytes(txt2img)
+        now = time.monotonic()
+        return Resident(entry, dtype, txt2img, img2img, measured, now, now - started)
+
+    def sweep(self) -> None:
+        """Unload what has been idle for its timeout."""
+        now = time.monotonic()
+        for key, resident in list(self._residents.items()):
+            if now - resident.used >= self._timeout(resident.entry):
+                self._unload(key, "idle")
+
+    def unload_all(self) -> None:
+        for key in list(self._residents):
+            self._unload(key, "asked to")
+
+    def touch(self, resident: Resident) -> None:
+        """Count idle time from the end of use, not from its start."""
+        resident.used = time.monotonic()
+
+    def note(self, model_id: str, state: str, error: str | None = None) -> None:
+        """Remember a state that is not "warm": downloading, loading, failed."""
+        with self._lock:
+            self._states[model_id] = (state, error)
+
+    def snapshot(self, entries: list[Entry]) -> list[ResidentModel]:
+        """Every listed model, and every unlisted one in memory, as /buffer_status shows it."""
+        now = time.monotonic()
+        with self._lock:
+            residents, states = list(self._residents.values()), dict(self._states)
+        warm = [
+            ResidentModel(
+                model_id=r.entry.id,
+                family=r.entry.model.family,
+                state="warm",
+                device=str(self.device),
+                torch_dtype=str(r.dtype).removeprefix("torch."),
+                resident_bytes=r.bytes,
+                last_used_s_ago=round(now - r.used, 3),
+                unload_in_s=round(max(0.0, self._timeout(r.entry) - (now - r.used)), 3),
+            )
+            for r in residents
+        ]
+        ids = {r.entry.id for r in residents}
+        others = []
+        for entry in entries:
+            if entry.id not in ids:
+                state, error = states.get(entry.id, ("cold", None))
+                others.append(ResidentModel.model_validate({"model_id": entry.id, "family": entry.model.family, "state": state, "error": error}))
+        return warm + others
+
+    @property
+    def resident_bytes(self) -> int:
+        with self._lock:
+            return sum(r.bytes for r in self._residents.values())
+
+    def _timeout(self, entry: Entry) -> float:
+        return entry.model.idle_timeout_s or self.settings.idle_timeout_s
+
+    def _evict(self, room: int, keep: tuple[str, torch.dtype] | None = None) -> None:
+        """Unload the least recently used until `room` more bytes fit the budget."""
+        while self.resident_bytes + room > self.budget:
+            candidates = [k for k in self._residents if k != keep]
+            if not candidates:
+                return
+            self._unload(min(candidates, key=lambda k: self._residents[k].used), "making room")
+
+    def _unload(self, key: tuple[str, torch.dtype], why: str) -> None:
+        with self._lock:
+            resident = self._residents.pop(key)
+        log.info("unloading %s (%s): %.1f MiB", resident.entry.id, why, resident.bytes / 2**20)
+        del resident
+        release_memory(self.device)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed memory back: Python's cycles, CUDA's cache, and the C allocator's pages."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _flags(pipeline: DiffusionPipeline) -> dict[str, bool]:
+    return {"requires_safety_checker": False} if "safety_checker" in pipeline.components else {}
+
+
+def _device_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def _allocated(device: torch.device) -> int:
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def _tensor_bytes(pipeline: DiffusionPipeline) -> int:
+    modules = [c for c in pipeline.components.values() if isinstance(c, torch.nn.Module)]
+    return sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
+
+
+def _weights_on_disk(path: Path, dtype: torch.dtype) -> int:
+    """What loading will take: the weights' size, doubled where float16 files become float32."""
+    files = [path] if path.is_file() else list(path.rglob("*.safetensors"))
+    return sum(f.stat().st_size for f in files) * (2 if dtype == torch.float32 else 1)
