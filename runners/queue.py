@@ -14,23 +14,22 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from core import problems
 from core.generation import QueueStatus
 
 log = logging.getLogger("easel.queue")
-T = TypeVar("T")
 R = TypeVar("R")
 
 
 @dataclass
-class Job(Generic[T, R]):
-    """A task on its way: `check()` is what the work calls between its steps."""
+class Job(Generic[R]):
+    """Work on its way to the device: `run` does it, calling `check()` between its steps."""
 
     id: str
     client: str
-    task: T
+    run: Callable[[Job[R]], R]
     deadline_s: float
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -48,20 +47,18 @@ class Job(Generic[T, R]):
             raise problems.deadline_passed(self.deadline_s)
 
 
-class DeviceQueue(Generic[T, R]):
+class DeviceQueue:
     """Jobs waiting by key, and the worker thread.
 
     Args:
-        work: runs one job on the device, in the worker thread; what it returns or raises is the
-            job's outcome.
         rest: called in the worker thread about once a second when nothing is waiting.
         limit: how many jobs may wait in all; `per_key`: how many of one key.
     """
 
-    def __init__(self, work: Callable[[Job[T, R]], R], rest: Callable[[], None], limit: int, per_key: int) -> None:
-        self._work, self._rest, self.limit, self.per_key = work, rest, limit, per_key
-        self._waiting: OrderedDict[str, deque[Job[T, R]]] = OrderedDict()
-        self._running: Job[T, R] | None = None
+    def __init__(self, rest: Callable[[], None], limit: int, per_key: int) -> None:
+        self._rest, self.limit, self.per_key = rest, limit, per_key
+        self._waiting: OrderedDict[str, deque[Job[Any]]] = OrderedDict()
+        self._running: Job[Any] | None = None
         self._count = 0
         self._mean_s: float | None = None
         self._changed = threading.Condition()
@@ -69,7 +66,7 @@ class DeviceQueue(Generic[T, R]):
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job[T, R]) -> Future[R]:
+    def submit(self, job: Job[R]) -> Future[R]:
         """Queue a job; its future holds the outcome.
 
         Raises:
@@ -131,7 +128,7 @@ class DeviceQueue(Generic[T, R]):
         """Seconds until a place is likely to be free: one service time, at least a second."""
         return max(1, math.ceil((self._mean_s or 1) * min(ahead, 2)))
 
-    def _next(self) -> Job[T, R] | None:
+    def _next(self) -> Job[Any] | None:
         """The next job in turn: the first of the key that has waited longest for its turn."""
         with self._changed:
             if not self._count and not self._closed:
@@ -155,7 +152,7 @@ class DeviceQueue(Generic[T, R]):
             job.started = time.monotonic()
             try:
                 job.check()
-                outcome = self._work(job)
+                outcome = job.run(job)
             except BaseException as error:
                 self._finish(job)
                 job.future.set_exception(error)
@@ -164,7 +161,7 @@ class DeviceQueue(Generic[T, R]):
                 job.future.set_result(outcome)
             del job
 
-    def _finish(self, job: Job[T, R]) -> None:
+    def _finish(self, job: Job[Any]) -> None:
         """Free the slot before the waiter hears of it, so that it sees a free slot."""
         with self._changed:
             self._running = None

@@ -1,6 +1,6 @@
 """Which models are in memory: load on first use, unload when idle, evict the least recently used.
 
-Only the device's thread calls `acquire`, `sweep` and `unload_all`; `snapshot` may be called from
+Only the device's thread calls `acquire`, `sweep` and `unload`; `snapshot` may be called from
 anywhere. Bytes are measured, on the device or by counting the tensors, not looked up in a table.
 """
 
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -32,10 +33,11 @@ Load = Callable[[Entry, Path, torch.dtype, torch.device], DiffusionPipeline]
 
 @dataclass
 class Resident:
-    """A model in memory: its two pipelines share all components."""
+    """A model in memory: its two pipelines share all components. `scheduler` is the model's own."""
 
     entry: Entry
     dtype: torch.dtype
+    scheduler: Any
     txt2img: DiffusionPipeline
     img2img: DiffusionPipeline
     bytes: int
@@ -97,7 +99,7 @@ class Residency:
         img2img.set_progress_bar_config(disable=True)
         measured = (_allocated(self.device) - before) if self.device.type == "cuda" else _tensor_bytes(txt2img)
         now = time.monotonic()
-        return Resident(entry, dtype, txt2img, img2img, measured, now, now - started)
+        return Resident(entry, dtype, txt2img.scheduler, txt2img, img2img, measured, now, now - started)
 
     def sweep(self) -> None:
         """Unload what has been idle for its timeout."""
@@ -106,9 +108,12 @@ class Residency:
             if now - resident.used >= self._timeout(resident.entry):
                 self._unload(key, "idle")
 
-    def unload_all(self) -> None:
-        for key in list(self._residents):
+    def unload(self, model_id: str | None) -> int:
+        """Unload one model in every precision, or all; the number unloaded."""
+        keys = [key for key in self._residents if model_id in (None, key[0])]
+        for key in keys:
             self._unload(key, "asked to")
+        return len(keys)
 
     def touch(self, resident: Resident) -> None:
         """Count idle time from the end of use, not from its start."""

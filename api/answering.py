@@ -1,0 +1,154 @@
+"""From a generation to an HTTP answer: by `Accept`, one picture, a contact sheet, ZIP, multipart or JSON.
+
+Headers tell what ran. Their values are ours or checked; a prompt never goes into a header.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import time
+import uuid
+import zipfile
+from typing import Any
+
+import mimeparse
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from core import images, metadata
+from core.generation import Generation, GenerationRequest, ImageFormat, Ran
+from core.problems import problem
+
+_IMAGES: dict[str, ImageFormat] = {"image/webp": "webp", "image/jpeg": "jpeg", "image/png": "png"}
+_OTHERS = ("application/zip", "multipart/mixed", "application/json")
+
+
+class GenerationResponse(BaseModel):
+    """The JSON answer: each picture in base64 with its seed, and what ran."""
+
+    images: list[str]
+    media_type: str
+    seeds: list[int]
+    ran: Ran
+
+
+def choose(accept: str, request: GenerationRequest) -> tuple[str, ImageFormat]:
+    """The media type to answer with and the pictures' format.
+
+    An `Accept` that names a picture type chooses the format, unless `format` was asked for.
+
+    Raises:
+        Problem: 406 where nothing that `accept` names can be had.
+    """
+    asked = "format" in request.model_fields_set
+    own = images.MEDIA_TYPES[request.format]
+    # The last of equals wins: the request's own format, before others.
+    offers = [*reversed(_OTHERS), *(() if asked else _IMAGES), own]
+    try:
+        best = mimeparse.best_match(offers, accept or "*/*")
+    except mimeparse.MimeTypeParseException:
+        best = own
+    if not best:
+        raise problem(406, "not-acceptable", "Not acceptable", f"This can be had as {', '.join(dict.fromkeys(reversed(offers)))}.")
+    return best, _IMAGES.get(best, request.format)
+
+
+async def answer(generation: Generation, request: GenerationRequest, accept: str, embed: bool) -> Response:
+    """Encode the pictures (in a worker thread) and build the response."""
+    media_type, format = choose(accept, request)
+    return await asyncio.to_thread(_build, generation, media_type, format, request.quality, embed)
+
+
+async def as_json(generation: Generation, request: GenerationRequest, embed: bool) -> GenerationResponse:
+    """The JSON answer as a model, for the typed APIs."""
+    assert generation.ran is not None
+    files = await asyncio.to_thread(_encode_all, generation, request.format, request.quality, embed)
+    return GenerationResponse(
+        images=[base64.b64encode(f).decode() for f in files],
+        media_type=images.MEDIA_TYPES[request.format],
+        seeds=generation.seeds,
+        ran=generation.ran,
+    )
+
+
+def _build(generation: Generation, media_type: str, format: ImageFormat, quality: int, embed: bool) -> Response:
+    started = time.perf_counter()
+    ran = generation.ran
+    assert ran is not None
+    many = len(generation.pictures) > 1
+    if media_type in _IMAGES:
+        picture = images.contact_sheet(generation.pictures) if many else generation.pictures[0]
+        texts = metadata.texts(generation, 0) if embed else None
+        body = images.encode(picture, format, quality, texts)
+    else:
+        files = _encode_all(generation, format, quality, embed)
+        body, media_type = _bundle(generation, files, media_type, format)
+    ran.timing.encode = 1000 * (time.perf_counter() - started)
+    headers = describe(ran, generation.seeds)
+    if media_type in _IMAGES:
+        headers["Content-Disposition"] = f'inline; filename="easel-{generation.seeds[0]}.{format}"'
+    return Response(body, media_type=media_type, headers=headers)
+
+
+def _encode_all(generation: Generation, format: ImageFormat, quality: int, embed: bool) -> list[bytes]:
+    return [
+        images.encode(picture, format, quality, metadata.texts(generation, i) if embed else None)
+        for i, picture in enumerate(generation.pictures)
+    ]
+
+
+def _bundle(generation: Generation, files: list[bytes], media_type: str, format: ImageFormat) -> tuple[bytes, str]:
+    names = [f"{i:02d}-{seed}.{format}" for i, seed in enumerate(generation.seeds)]
+    kind = images.MEDIA_TYPES[format]
+    assert generation.ran is not None
+    if media_type == "application/json":
+        content: dict[str, Any] = {
+            "images": [base64.b64encode(f).decode() for f in files],
+            "media_type": kind,
+            "seeds": generation.seeds,
+            "ran": generation.ran.model_dump(),
+        }
+        return json.dumps(content, ensure_ascii=False).encode(), media_type
+    if media_type == "application/zip":
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+            for name, file in zip(names, files, strict=True):
+                archive.writestr(name, file)
+        return out.getvalue(), media_type
+    boundary = uuid.uuid4().hex
+    parts = [
+        f'--{boundary}\r\nContent-Type: {kind}\r\nContent-Disposition: attachment; filename="{name}"\r\n\r\n'.encode() + file + b"\r\n"
+        for name, file in zip(names, files, strict=True)
+    ]
+    return b"".join(parts) + f"--{boundary}--\r\n".encode(), f"multipart/mixed; boundary={boundary}"
+
+
+def describe(ran: Ran, seeds: list[int]) -> dict[str, str]:
+    """What ran, as headers; stages' times as Server-Timing, in milliseconds."""
+    timing = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in ran.timing.model_dump().items())
+    headers = {
+        "X-Easel-Seeds": ",".join(map(str, seeds)),
+        "X-Easel-Model": ran.model_id,
+        "X-Easel-Scheduler": f"{ran.scheduler} {ran.schedule}" if ran.schedule else ran.scheduler,
+        "X-Easel-Size": f"{ran.width}x{ran.height}",
+        "X-Easel-Dtype": ran.torch_dtype,
+        "X-Easel-Device": ran.device,
+        "X-Easel-Steps": str(ran.steps_run),
+        "X-Easel-Guidance-Scale": f"{ran.guidance_scale:g}",
+        "X-Easel-Prompt-Tokens": str(ran.prompt_tokens),
+        "X-Easel-Prompt-Tokens-Cut": str(ran.prompt_tokens_cut),
+        "X-Easel-Licence": ran.licence,
+        "X-Easel-Commercial-Use": "allowed" if ran.commercial_use else "not allowed",
+        "Server-Timing": timing,
+    }
+    if ran.notes:
+        headers["X-Easel-Notes"] = "; ".join(ran.notes)
+    return {name: _safe(value) for name, value in headers.items()}
+
+
+def _safe(value: str) -> str:
+    """Printable ASCII only: model ids and licences come from a file that people edit."""
+    return "".join(c if " " <= c <= "~" else "?" for c in value)

@@ -1,0 +1,77 @@
+"""The application with every contract's routes, mounted on each BentoML service.
+
+One module per contract adds its router here; api.gate stands in front of all of it.
+"""
+
+from __future__ import annotations
+
+from core import __version__
+
+from fastapi import Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import APIKeyHeader, HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api import models, seed, typed
+from core.catalogue import Catalogue
+from core.problems import MEDIA_TYPE, FieldError, Problem, ProblemDetails, invalid, problem, shown
+from core.settings import Settings
+
+# The gate has checked the key before a route runs; these tell the OpenAPI document so.
+_SECURITY = [Depends(APIKeyHeader(name="X-API-Key", auto_error=False)), Depends(HTTPBearer(auto_error=False))]
+_ERRORS = {
+    400: "The body cannot be read",
+    401: "No valid key",
+    403: "The key may not do this",
+    406: "No such answer format",
+    413: "Too many bytes or pixels",
+    415: "Not a picture, or an unknown body type",
+    422: "Invalid parameters, each named",
+    429: "The queue is full; see Retry-After",
+    503: "Not available now, and why",
+    504: "The deadline passed",
+    507: "Out of memory on the device",
+}
+
+
+def build(settings: Settings) -> FastAPI:
+    """The application for these settings."""
+    app = FastAPI(
+        title="Easel",
+        description="Pictures from Stable Diffusion, SDXL and Flux, behind API keys and a queue.",
+        version=__version__,
+        dependencies=_SECURITY,
+        responses={code: {"description": text, "model": ProblemDetails} for code, text in _ERRORS.items()},
+        redoc_url=None,
+    )
+    app.state.settings = settings
+    app.state.catalogue = Catalogue(settings)
+    app.add_exception_handler(Problem, _problem)
+    app.add_exception_handler(RequestValidationError, _validation)
+    app.add_exception_handler(HTTPException, _http)
+    for contract in (seed, models, typed):
+        app.include_router(contract.router)
+    return app
+
+
+async def _problem(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return Response(error.body(), error.details.status, error.headers, MEDIA_TYPE)
+
+
+async def _validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    errors = [
+        FieldError(field=str(item["loc"][-1])[:80], message=item["msg"], given=shown(item.get("input")))
+        for item in error.errors()
+    ]
+    return await _problem(request, invalid(errors))
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    title = str(error.detail)[:100]
+    made = problem(error.status_code, title.lower().replace(" ", "-"), title, f"{title}: {request.method} {request.url.path[:200]}", headers=dict(error.headers or {}))
+    return await _problem(request, made)

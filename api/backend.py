@@ -1,0 +1,113 @@
+"""From a contract to the runner and back: the current service itself, or its dependency.
+
+Waits for a picture while watching the client and the runner: work whose client has gone is
+cancelled, and a runner that died gives a clear 503 instead of a hanging call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable
+from typing import Any, Protocol, TypeVar, cast
+
+import bentoml
+from starlette.requests import Request
+
+from core.generation import Generation, Plan, RunnerStatus
+from core.problems import Problem, cancelled, unavailable
+
+log = logging.getLogger("easel.api")
+T = TypeVar("T")
+PROBE_EVERY_S = 5.0
+PROBE_TIMEOUT_S = 3.0
+
+
+class Runner(Protocol):
+    """What api needs of a runner service."""
+
+    async def generate(self, plan: Plan) -> Generation: ...
+    async def cancel(self, plan_id: str) -> bool: ...
+    async def unload(self, model_id: str) -> int: ...
+    async def status(self) -> RunnerStatus: ...
+
+
+def runner() -> Runner:
+    """The Stable Diffusion runner: a dependency of the entry service, or this very service."""
+    service: Any = bentoml.get_current_service()
+    return cast(Runner, getattr(service, "stable_diffusion", service))
+
+
+async def status() -> RunnerStatus:
+    """The runner's status.
+
+    Raises:
+        Problem: 503 where it does not answer in time.
+    """
+    return await _answer(runner().status())
+
+
+async def unload(model_id: str) -> int:
+    return await runner().unload(model_id)
+
+
+async def generate(plan: Plan, request: Request | None) -> Generation:
+    """Have a plan drawn. Without a request (a call within this process) nobody can leave.
+
+    Raises:
+        Problem: what the runner says; 503 where it is gone; 499 where the client is.
+    """
+    target = runner()
+    work: asyncio.Future[Generation] = asyncio.ensure_future(target.generate(plan))
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        while True:
+            await asyncio.wait({work, gone}, timeout=PROBE_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                break
+            if gone.done():
+                await _answer(target.cancel(plan.id))
+                raise cancelled()
+            await _answer(target.status())
+        generation = await _reach(work)
+    finally:
+        gone.cancel()
+        if not work.done():
+            work.cancel()
+            with contextlib.suppress(Exception, asyncio.CancelledError):
+                await work
+    if generation.problem:
+        raise Problem(generation.problem)
+    return generation
+
+
+async def _disconnected(request: Request | None) -> None:
+    """Return when the client has closed its connection. The request's body has been read before."""
+    if request is None:
+        await asyncio.Event().wait()
+        return
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _answer(call: Awaitable[T]) -> T:
+    """A short call, bounded: while a runner restarts, calls to it would hang."""
+    try:
+        return await asyncio.wait_for(_reach(call), PROBE_TIMEOUT_S)
+    except TimeoutError:
+        raise _gone() from None
+
+
+async def _reach(call: Awaitable[T]) -> T:
+    try:
+        return await call
+    except (Problem, TimeoutError, asyncio.CancelledError):
+        raise
+    except Exception as error:
+        log.error("the runner did not answer: %s", type(error).__name__)
+        raise _gone() from error
+
+
+def _gone() -> Problem:
+    return unavailable("The runner is not answering; it is being restarted.", retry_after=10, slug="runner-gone")

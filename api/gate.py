@@ -1,0 +1,190 @@
+"""The door of every public listener: keys, health, body limits, and one shape for errors.
+
+Plain ASGI middleware on each BentoML service. Deny by default: every path needs a key, but for an
+exact-match list. Behind a dependency's private socket it lets everything pass; the entry's own
+gate has already asked.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import uuid
+from typing import Any
+
+from bentoml._internal.context import server_context
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api import backend
+from core import problems
+from core.auth import Caller, Keys
+from core.draining import Draining
+from core.problems import MEDIA_TYPE, Problem, problem
+from core.settings import Settings
+
+log = logging.getLogger("easel.api")
+ADMIN_PREFIX = "/admin/"
+# Public path to the contracts' own: typed calls, which BentoML would parse unsafely, and BentoML's
+# document, which knows less than ours.
+DIRECT = {"/txt2img": "/txt2img", "/img2img": "/img2img", "/docs.json": "/openapi.json"}
+
+
+class Gate:
+    """ASGI middleware.
+
+    Args:
+        app: BentoML's application.
+        http: the contracts' application, which answers the `DIRECT` paths before BentoML parses them.
+    """
+
+    def __init__(self, app: ASGIApp, *, settings: Settings, keys: Keys, http: ASGIApp, draining: Draining) -> None:
+        self.app, self.http, self.settings, self.keys, self.draining = app, http, settings, keys, draining
+        self.public = {"/metrics"} if settings.auth.public_metrics else set()
+        if settings.auth.public_docs:
+            self.public |= {"/docs", "/openapi.json", "/docs.json", "/docs/oauth2-redirect"}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or server_context.service_type != "entry_service":
+            await self.app(scope, receive, send)
+            return
+        request_id = uuid.uuid4().hex
+        answer = _Answer(send, request_id)
+        try:
+            await self._serve(scope, receive, answer)
+        except Problem as error:
+            await answer.problem(error)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            await answer.problem(problem(500, "internal", "Internal error", f"The server failed; its log has request {request_id}."))
+
+    async def _serve(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        path: str = scope["path"]
+        if path in ("/livez", "/healthz"):
+            await answer.json(200, {"status": "alive"})
+            return
+        if path == "/readyz":
+            await self._ready(answer)
+            return
+        if path not in self.public:
+            scope.setdefault("state", {})["caller"] = self._admit(scope)
+        if path.startswith("/internal"):
+            raise problem(404, "not-found", "Not found", f"There is no {path[:200]}.")
+        if self.draining.active and scope["method"] == "POST":
+            raise self.draining.refuse()
+        app = self.app
+        if path in DIRECT:
+            scope = {**scope, "path": DIRECT[path], "raw_path": DIRECT[path].encode()}
+            app = self.http
+        self.draining.in_hand += 1
+        try:
+            await app(scope, self._bounded(scope, receive), answer)
+        finally:
+            self.draining.in_hand -= 1
+        await answer.finish()
+
+    async def _ready(self, answer: _Answer) -> None:
+        if self.draining.active:
+            raise self.draining.refuse()
+        status = await backend.status()
+        if not status.ready:
+            raise problems.unavailable("Models are being warmed up.", retry_after=5, slug="warming-up")
+        await answer.json(200, {"status": "ready"})
+
+    def _admit(self, scope: Scope) -> Caller:
+        """Who calls.
+
+        Raises:
+            Problem: 401 without a valid key, 403 for a user key on an admin path.
+        """
+        if self.keys.off and not _is_local(scope):
+            raise problem(403, "auth-off", "Forbidden", "auth.mode is off, which serves loopback addresses only. Configure keys to serve others.")
+        headers = {name.decode("latin-1").lower(): value.decode("utf-8", "surrogateescape") for name, value in scope["headers"]}
+        caller = self.keys.caller(headers)
+        if caller is None:
+            raise problem(
+                401, "unauthorized", "Unauthorized",
+                "A valid key is needed: X-API-Key: KEY, or Authorization: Bearer KEY.",
+                headers={"WWW-Authenticate": 'Bearer realm="easel", ApiKey realm="easel"'},
+            )
+        if scope["path"].startswith(ADMIN_PREFIX) and caller.role != "admin":
+            raise problem(403, "forbidden", "Forbidden", "This needs an admin key.")
+        return caller
+
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        """`receive`, counting the body's bytes."""
+        limit = self.settings.limits.body_bytes
+        for name, value in scope["headers"]:
+            if name.lower() == b"content-length" and (not value.isdigit() or int(value) > limit):
+                raise problems.too_large(limit)
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise problems.too_large(limit)
+            return message
+
+        return counted
+
+
+class _Answer:
+    """`send`, turning every error that is not yet a problem into one, and adding the request's id."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send, self._id = send, request_id
+        self._started = False
+        self._error: tuple[int, dict[str, str]] | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in message["headers"]}
+            if message["status"] >= 400 and not headers.get("content-type", "").startswith(MEDIA_TYPE):
+                self._error = (message["status"], {k: v for k, v in headers.items() if k in ("allow", "retry-after", "www-authenticate")})
+                return
+            self._started = True
+            message = {**message, "headers": [*message["headers"], (b"x-request-id", self._id.encode()), (b"x-content-type-options", b"nosniff")]}
+        elif self._error is not None:
+            return
+        await self._send(message)
+
+    async def finish(self) -> None:
+        """Send the problem for an error answer that was held back."""
+        if self._error is not None:
+            (status, headers), self._error = self._error, None
+            await self.problem(_standard(status, headers))
+
+    async def problem(self, error: Problem) -> None:
+        if self._started:  # too late for a status; the connection ends without its last chunk
+            return
+        self._error = None
+        extra = [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in error.headers.items()]
+        await self._whole(error.details.status, MEDIA_TYPE, error.body(), extra)
+
+    async def json(self, status: int, content: dict[str, Any]) -> None:
+        await self._whole(status, "application/json", json.dumps(content).encode(), [])
+
+    async def _whole(self, status: int, media_type: str, body: bytes, extra: list[tuple[bytes, bytes]]) -> None:
+        headers = [(b"content-type", media_type.encode()), (b"content-length", str(len(body)).encode()), *extra]
+        await self({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+_TITLES = {400: "Bad request", 404: "Not found", 405: "Method not allowed", 415: "Unsupported media type", 503: "Service unavailable", 504: "Timed out"}
+
+
+def _standard(status: int, headers: dict[str, str]) -> Problem:
+    title = _TITLES.get(status, "Request failed" if status < 500 else "Internal error")
+    detail = {404: "There is nothing at this path.", 405: f"Allowed: {headers.get('allow', 'other methods')}."}.get(status, f"{title}.")
+    return problem(status, title.lower().replace(" ", "-"), title, detail, headers=headers)
+
+
+def _is_local(scope: Scope) -> bool:
+    """Whether the connection came in on a loopback address, by the socket's own end."""
+    server = scope.get("server") or ("", 0)
+    try:
+        return ipaddress.ip_address(server[0]).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,110 @@
+"""From an HTTP request to a `GenerationRequest` and a safe picture.
+
+Parameters may stand in the query, a form or a JSON object, each name once. A file is only taken
+from a multipart part; a string where a file belongs (a URL, say) is refused, never fetched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from core import images
+from core.generation import GenerationRequest, Pixels
+from core.problems import from_validation, invalid_field, nearest, problem
+from core.settings import Limits
+
+PARAMETERS = tuple(GenerationRequest.model_fields)
+_BODIES = "multipart/form-data, application/x-www-form-urlencoded, application/json"
+
+
+async def read(request: Request, limits: Limits, image: bool = True) -> tuple[GenerationRequest, Pixels | None]:
+    """The request and, where one was sent, its input picture.
+
+    Raises:
+        Problem: 400 for a body that cannot be read, 413, 415, or 422 naming each wrong field.
+    """
+    values: dict[str, Any] = {}
+    _take(values, request.query_params.multi_items())
+    upload: bytes | None = None
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        upload = await _read_form(request, values, image)
+    elif kind == "application/json":
+        _take(values, (await _read_json(request)).items())
+    elif body := await request.body():
+        raise problem(415, "unsupported-media-type", "Unsupported media type", f"The body ({len(body)} bytes) has the type {kind[:80] or 'none'!r}; allowed: {_BODIES}.")
+    if "image" in values:
+        raise invalid_field("image", "must be a file, not text", "a multipart file part", values["image"])
+    parsed = parse(values)
+    pixels = await asyncio.to_thread(images.decode, upload, limits) if upload is not None else None
+    return parsed, pixels
+
+
+def parse(values: dict[str, Any]) -> GenerationRequest:
+    """Check plain values.
+
+    Raises:
+        Problem: 422 naming each wrong field, unknown names with the nearest known one.
+    """
+    try:
+        return GenerationRequest.model_validate(values)
+    except ValidationError as error:
+        raise from_validation(error, PARAMETERS) from None
+
+
+def _take(values: dict[str, Any], items: Any) -> None:
+    for name, value in items:
+        if name in values:
+            raise invalid_field(name[:80], "is given more than once", "once")
+        values[name] = value
+
+
+async def _read_form(request: Request, values: dict[str, Any], image: bool) -> bytes | None:
+    upload = None
+    try:
+        form = await request.form(max_files=4, max_fields=100)
+    except HTTPException as error:
+        raise problem(400, "bad-form", "Malformed form", f"The form cannot be read: {error.detail}") from None
+    except (ValueError, KeyError, RuntimeError):
+        raise problem(400, "bad-form", "Malformed form", "The form cannot be read.") from None
+    async with form:
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                _take(values, [(name, _plain(value))])
+            elif name != "image" or not image:
+                message = f"unknown file{nearest(name, ['image'])}" if image else "takes no file here"
+                raise invalid_field(name[:80] or "file", message, ["image"] if image else None)
+            elif upload is not None:
+                raise invalid_field("image", "is given more than once", "once")
+            else:
+                upload = await value.read()
+    return upload
+
+
+def _plain(text: str) -> str | None:
+    """BentoML's client sends form values as JSON: `null`, `"text"`. Others mean what they say."""
+    if text == "null":
+        return None
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        try:
+            return str(json.loads(text))
+        except ValueError:
+            return text
+    return text
+
+
+async def _read_json(request: Request) -> dict[str, Any]:
+    try:
+        body = json.loads(await request.body(), parse_constant=float)
+    except (ValueError, RecursionError):
+        raise problem(400, "bad-json", "Malformed JSON", "The body is not JSON.") from None
+    if not isinstance(body, dict):
+        raise problem(400, "bad-json", "Malformed JSON", "The body must be a JSON object.")
+    return body

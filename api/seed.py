@@ -1,0 +1,50 @@
+"""The seed contract: POST /post_config, by the parameters and answers that its users know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from api import answering, backend, reading
+from core.catalogue import Catalogue
+from core.generation import GenerationRequest
+from core.settings import Settings
+
+router = APIRouter(tags=["generation"])
+
+
+def _documented() -> dict[str, Any]:
+    """GenerationRequest's fields as query parameters, and the optional image, for the OpenAPI document."""
+    schema = GenerationRequest.model_json_schema()
+    parameters = [
+        {"name": name, "in": "query", "required": name in schema["required"], "description": field.pop("description", ""), "schema": field}
+        for name, field in schema["properties"].items()
+    ]
+    image = {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}}
+    return {"parameters": parameters, "requestBody": {"required": False, "content": {"multipart/form-data": {"schema": image}}}}
+
+
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "One picture, or for several a contact sheet, ZIP, multipart or JSON by Accept.",
+        "content": {
+            **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/png", "image/jpeg", "image/webp", "application/zip", "multipart/mixed")},
+            "application/json": {"schema": {"$ref": "#/components/schemas/GenerationResponse"}},
+        },
+    }
+}
+
+
+@router.post("/post_config", response_class=Response, responses=_ANSWERS, openapi_extra=_documented())
+async def post_config(request: Request) -> Response:
+    """Draw pictures from a prompt, and from an input image where one is sent."""
+    settings: Settings = request.app.state.settings
+    catalogue: Catalogue = request.app.state.catalogue
+    wanted, image = await reading.read(request, settings.limits)
+    accept = request.headers.get("accept", "*/*")
+    answering.choose(accept, wanted)  # an answer that cannot be had is refused before the work
+    plan = catalogue.plan(wanted, image, request.state.caller.id)
+    generation = await backend.generate(plan, request)
+    return await answering.answer(generation, wanted, accept, settings.metadata.embed)

@@ -1,0 +1,78 @@
+"""The typed BentoML APIs, txt2img and img2img: what the generated Python client calls.
+
+BentoML's declarations (`TypedApis`) give the schema and the client; the gate sends public calls
+to the routes here, because BentoML's own parsing answers 500 to a bad picture and fetches a URL
+given for a file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import bentoml
+from fastapi import APIRouter, Request
+
+from api import answering, backend, reading
+from api.answering import GenerationResponse
+from core import images, settings
+from core.catalogue import Catalogue
+from core.generation import GenerationRequest, Pixels
+from core.problems import invalid_field
+
+router = APIRouter(tags=["typed"])
+
+
+def _body(image: bool) -> dict[str, Any]:
+    """The request body for the OpenAPI document."""
+    schema = GenerationRequest.model_json_schema()
+    if not image:
+        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    schema["properties"]["image"] = {"type": "string", "format": "binary"}
+    schema["required"] = [*schema["required"], "image"]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+class Img2ImgInput(GenerationRequest):
+    """A GenerationRequest with its input picture."""
+
+    image: Annotated[Path, bentoml.validators.ContentType("image/*")]
+
+
+class TypedApis:
+    """The declarations, for a BentoML service to inherit. Called in this process (never over
+    HTTP: see above), they do as the routes do."""
+
+    @bentoml.api(input_spec=GenerationRequest)
+    async def txt2img(self, **values: Any) -> GenerationResponse:
+        """Draw pictures from a prompt."""
+        return await _draw(reading.parse(values), None)
+
+    @bentoml.api(input_spec=Img2ImgInput)
+    async def img2img(self, image: Path, **values: Any) -> GenerationResponse:
+        """Draw pictures from a prompt and an input picture."""
+        return await _draw(reading.parse(values), images.decode(image.read_bytes(), settings.load().limits))
+
+
+@router.post("/txt2img", openapi_extra=_body(image=False))
+async def txt2img(request: Request) -> GenerationResponse:
+    """Draw pictures from a prompt; the answer is JSON with base64 pictures."""
+    wanted, _ = await reading.read(request, request.app.state.settings.limits, image=False)
+    return await _draw(wanted, None, request)
+
+
+@router.post("/img2img", openapi_extra=_body(image=True))
+async def img2img(request: Request) -> GenerationResponse:
+    """Draw pictures from a prompt and an input picture; the answer is JSON with base64 pictures."""
+    wanted, image = await reading.read(request, request.app.state.settings.limits)
+    if image is None:
+        raise invalid_field("image", "is missing", "a multipart file part")
+    return await _draw(wanted, image, request)
+
+
+async def _draw(wanted: GenerationRequest, image: Pixels | None, request: Request | None = None) -> GenerationResponse:
+    configured = settings.load()
+    client = request.state.caller.id if request else "in-process"
+    plan = Catalogue(configured).plan(wanted, image, client)
+    generation = await backend.generate(plan, request)
+    return await answering.as_json(generation, wanted, configured.metadata.embed)

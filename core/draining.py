@@ -1,0 +1,68 @@
+"""Orderly shutdown: on SIGTERM, finish what is in hand before the server stops listening.
+
+uvicorn stops answering at once, and BentoML stops the entry and its runners together, so a
+picture in the making would be lost between them. This holds the signal back: new work is refused
+with 503, readiness turns false, and the server's own handler runs once nothing is in hand or the
+grace time is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from core.problems import Problem, unavailable
+
+log = logging.getLogger("easel.draining")
+
+
+class Draining:
+    """Whether this process is on its way out, and what it still has in hand.
+
+    Args:
+        grace_s: how long to wait for the work in hand.
+        linger_s: how long to stay after the last work: long enough for a load balancer to see that
+            readiness is gone, or for the entry to fetch what a runner has made.
+    """
+
+    def __init__(self, grace_s: float, linger_s: float) -> None:
+        self.grace_s, self.linger_s = grace_s, linger_s
+        self.active = False
+        self.in_hand = 0
+
+    def install(self) -> None:
+        """Put this before the handlers of SIGTERM and SIGINT; call it on the running event loop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.getsignal(number)
+            if callable(before):
+                signal.signal(number, self._handler(loop, before))
+
+    def refuse(self) -> Problem:
+        return unavailable("The service is shutting down.", retry_after=10, slug="draining")
+
+    def _handler(self, loop: asyncio.AbstractEventLoop, before: Callable[[int, FrameType | None], object]) -> Callable[[int, FrameType | None], None]:
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.active:  # a second signal: at once
+                before(number, frame)
+                return
+            self.active = True
+            loop.call_soon_threadsafe(lambda: loop.create_task(self._wait(number, before)))
+
+        return handle
+
+    async def _wait(self, number: int, before: Callable[[int, FrameType | None], object]) -> None:
+        log.info("shutting down: %d requests in hand", self.in_hand)
+        end = time.monotonic() + self.grace_s
+        quiet_since = time.monotonic()
+        while time.monotonic() < end:
+            if self.in_hand:
+                quiet_since = time.monotonic()
+            elif time.monotonic() - quiet_since >= self.linger_s:
+                break
+            await asyncio.sleep(0.05)
+        before(number, None)

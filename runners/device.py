@@ -1,0 +1,82 @@
+"""A device with its queue and resident models: plans and paths in, pictures out.
+
+The torch half of a runner. runners.diffusion, which every process imports, makes one of these in
+the runner's own process only.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+
+from core import problems
+from core.catalogue import Catalogue, Entry
+from core.generation import Generation, Plan, Timing
+from core.settings import Settings, secrets
+from runners import denoise, loading
+from runners.queue import DeviceQueue, Job
+from runners.residency import Residency
+
+
+class Device:
+    """The queue, the thread and the memory of one device."""
+
+    def __init__(self, settings: Settings, catalogue: Catalogue) -> None:
+        models = settings.models
+        self.settings, self.catalogue = settings, catalogue
+        self.torch_device = loading.device_for(models.device)
+        if models.cpu_threads:
+            torch.set_num_threads(models.cpu_threads)
+        self.residency = Residency(models, self.torch_device)
+        self.queue = DeviceQueue(self.residency.sweep, settings.queue.limit, settings.queue.per_key)
+
+    def fetch(self, entry: Entry) -> Path:
+        """Make a model's files local (no device needed; any thread).
+
+        Raises:
+            Problem: 503 that says what stands in the way.
+        """
+        try:
+            return loading.fetch(entry, secrets().hf_token.get_secret_value())
+        except problems.Problem as problem:
+            self.residency.note(entry.id, "failed", problem.details.detail)
+            raise
+
+    def submit(self, plan: Plan, path: Path) -> Future[Generation]:
+        """Queue a plan whose model's files are at `path`."""
+        return self.queue.submit(Job(plan.id, plan.client, lambda job: self._draw(job, plan, path), plan.deadline_s))
+
+    def unload(self, model_id: str | None) -> Future[int]:
+        """Queue the unloading of one model, or of all."""
+        job: Job[int] = Job("unload", "admin", lambda _: self.residency.unload(model_id), self.settings.queue.deadline_s)
+        return self.queue.submit(job)
+
+    def _draw(self, job: Job[Generation], plan: Plan, path: Path) -> Generation:
+        """In the device's thread: make the model resident, then draw."""
+        timing = Timing(queue=1000 * (time.monotonic() - job.submitted))
+        entry = self.catalogue.find(plan.model_id)
+        dtype, notes = self._dtype(entry, plan)
+        started = time.perf_counter()
+        resident = self.residency.acquire(entry, path, dtype)
+        timing.load = 1000 * (time.perf_counter() - started)
+        job.check()
+        try:
+            plan = plan.model_copy(update={"notes": [*plan.notes, *notes]})
+            return denoise.generate(resident, plan, job.check, self.settings.models.max_batch, timing)
+        except torch.OutOfMemoryError:
+            detail = f"{plan.width}x{plan.height} needs more memory than {self.torch_device} has free. Ask for a smaller size."
+            raise problems.problem(507, "out-of-memory", "Out of memory", detail) from None
+        finally:
+            self.residency.touch(resident)
+
+    def _dtype(self, entry: Entry, plan: Plan) -> tuple[torch.dtype, list[str]]:
+        """The precision to run in: as asked, by family on a GPU; no float16 on a CPU."""
+        if self.torch_device.type == "cpu":
+            chosen = "bfloat16" if plan.torch_dtype == "bfloat16" else "float32"
+            asked_otherwise = plan.torch_dtype not in (None, chosen)
+            notes = [f"a CPU has no fast {plan.torch_dtype}; ran in {chosen}"] if asked_otherwise else []
+            return getattr(torch, chosen), notes
+        return getattr(torch, plan.torch_dtype or entry.traits.gpu_dtype), []

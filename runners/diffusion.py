@@ -1,0 +1,113 @@
+"""The Stable Diffusion runner: plans in, pictures out, as a BentoML service's internal methods.
+
+service.py makes a BentoML service of this class. api.gate answers 404 for its routes on any public
+listener. The entry process imports this module too, so torch is imported in `start` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import bentoml
+
+from core import problems
+from core.catalogue import Catalogue, Entry
+from core.draining import Draining
+from core.generation import Generation, GenerationRequest, Plan, RunnerStatus
+from core.settings import Settings
+
+if TYPE_CHECKING:
+    from runners.device import Device
+
+log = logging.getLogger("easel.runner")
+_WARM_UP = GenerationRequest(prompt="warm-up", num_inference_steps=1, seed=0)
+
+
+class DiffusionRunner:
+    """The methods that the entry calls."""
+
+    def start(self, name: str, settings: Settings, draining: Draining) -> None:
+        """Take the device."""
+        from runners.device import Device
+
+        self.name, self.draining = name, draining
+        self.catalogue = Catalogue(settings)
+        self.device: Device = Device(settings, self.catalogue)
+        self._fetching: dict[str, asyncio.Task[Path]] = {}
+        self._cold = set(settings.models.warm_up)
+
+    @bentoml.on_startup
+    async def begin(self) -> None:
+        """Heed signals, and begin warming up; readiness waits for it."""
+        self.draining.install()
+        self._warming = [asyncio.create_task(self._warm(model_id)) for model_id in sorted(self._cold)]
+
+    @bentoml.on_shutdown
+    def end(self) -> None:
+        self.device.queue.close()
+
+    @bentoml.api(route="/internal/generate")
+    async def generate(self, plan: Plan) -> Generation:
+        """Draw a plan's pictures; a problem comes back as data, so that it keeps its shape."""
+        self.draining.in_hand += 1
+        try:
+            path = await asyncio.wait_for(self._local(self.catalogue.find(plan.model_id)), plan.deadline_s)
+            return await asyncio.wrap_future(self.device.submit(plan, path))
+        except problems.Problem as problem:
+            return Generation(problem=problem.details)
+        except TimeoutError:
+            detail = f"{plan.model_id} is still being downloaded. GET /buffer_status shows its state."
+            return Generation(problem=problems.unavailable(detail, retry_after=60, slug="model-downloading").details)
+        except Exception:
+            log.exception("generation %s failed", plan.id)
+            detail = "The generation failed on the device; the server's log has the cause."
+            return Generation(problem=problems.problem(500, "generation-failed", "Generation failed", detail).details)
+        finally:
+            self.draining.in_hand -= 1
+
+    @bentoml.api(route="/internal/cancel")
+    async def cancel(self, plan_id: str) -> bool:
+        """Stop a plan, waiting or at its next step; False where it is unknown or done."""
+        return self.device.queue.cancel(plan_id)
+
+    @bentoml.api(route="/internal/unload")
+    async def unload(self, model_id: str) -> int:
+        """Unload a model, or all for an empty id, after the work in hand; the number unloaded."""
+        return await asyncio.wrap_future(self.device.unload(model_id or None))
+
+    @bentoml.api(route="/internal/status")
+    async def status(self) -> RunnerStatus:
+        """How this runner is."""
+        residency = self.device.residency
+        return RunnerStatus(
+            service=self.name,
+            ready=not self._cold and not self.draining.active,
+            draining=self.draining.active,
+            device=str(self.device.torch_device),
+            memory_budget_bytes=residency.budget,
+            resident_bytes=residency.resident_bytes,
+            models=residency.snapshot(list(self.catalogue.entries.values())),
+            queue=self.device.queue.status(),
+        )
+
+    async def _local(self, entry: Entry) -> Path:
+        """The model's local path; fetched once, however many ask, and without holding the device."""
+        task = self._fetching.get(entry.id)
+        if task is None:
+            task = asyncio.create_task(asyncio.to_thread(self.device.fetch, entry))
+            self._fetching[entry.id] = task
+            task.add_done_callback(lambda _: self._fetching.pop(entry.id, None))
+        return await asyncio.shield(task)
+
+    async def _warm(self, model_id: str) -> None:
+        """Load a model and draw one step; a failure is logged, and readiness does not wait for it."""
+        try:
+            plan = self.catalogue.plan(_WARM_UP.model_copy(update={"model_id": model_id}), None, "warm-up")
+            outcome = await self.generate(plan)
+            if outcome.problem:
+                log.error("warm-up of %s failed: %s", model_id, outcome.problem.detail)
+        finally:
+            self._cold.discard(model_id)
