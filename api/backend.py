@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar, cast
 
 import bentoml
@@ -20,8 +20,9 @@ from core.problems import Problem, cancelled, unavailable
 
 log = logging.getLogger("easel.api")
 T = TypeVar("T")
-PROBE_EVERY_S = 5.0
+PROBE_EVERY_S = 2.0
 PROBE_TIMEOUT_S = 3.0
+ATTEMPTS = 2
 
 
 class Runner(Protocol):
@@ -45,7 +46,7 @@ async def status() -> RunnerStatus:
     Raises:
         Problem: 503 where it does not answer in time.
     """
-    return await _answer(runner().status())
+    return await _answer(runner().status)
 
 
 async def unload(model_id: str) -> int:
@@ -59,27 +60,48 @@ async def generate(plan: Plan, request: Request | None) -> Generation:
         Problem: what the runner says; 503 where it is gone; 499 where the client is.
     """
     target = runner()
-    work: asyncio.Future[Generation] = asyncio.ensure_future(target.generate(plan))
     gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        generation = await _watched(target, plan, gone)
+    finally:
+        gone.cancel()
+    if generation.problem:
+        raise Problem(generation.problem)
+    return generation
+
+
+async def _watched(target: Runner, plan: Plan, gone: asyncio.Future[None]) -> Generation:
+    """The runner's answer, as long as the client stays and the runner lives."""
+    work: asyncio.Future[Generation] = asyncio.ensure_future(_submit(target, plan))
     try:
         while True:
             await asyncio.wait({work, gone}, timeout=PROBE_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 break
             if gone.done():
-                await _answer(target.cancel(plan.id))
+                await _answer(lambda: target.cancel(plan.id))
                 raise cancelled()
-            await _answer(target.status())
-        generation = await _reach(work)
+            await _answer(target.status)
+        return work.result()
     finally:
-        gone.cancel()
         if not work.done():
             work.cancel()
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 await work
-    if generation.problem:
-        raise Problem(generation.problem)
-    return generation
+
+
+async def _submit(target: Runner, plan: Plan) -> Generation:
+    """Call the runner; once more where the connection broke and the runner is there: it closes idle
+    connections after 5 s, and a call may be just on its way into one. The cancel makes sure that
+    the first call is not run as well."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return await _reach(target.generate(plan))
+        except Problem:
+            if attempt + 1 == ATTEMPTS:
+                raise
+            await _answer(lambda: target.cancel(plan.id))
+    raise AssertionError("unreachable")
 
 
 async def _disconnected(request: Request | None) -> None:
@@ -91,12 +113,17 @@ async def _disconnected(request: Request | None) -> None:
         pass
 
 
-async def _answer(call: Awaitable[T]) -> T:
-    """A short call, bounded: while a runner restarts, calls to it would hang."""
-    try:
-        return await asyncio.wait_for(_reach(call), PROBE_TIMEOUT_S)
-    except TimeoutError:
-        raise _gone() from None
+async def _answer(call: Callable[[], Awaitable[T]]) -> T:
+    """A short call, bounded (while a runner restarts, calls to it hang) and tried twice (see `_submit`)."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return await asyncio.wait_for(_reach(call()), PROBE_TIMEOUT_S)
+        except TimeoutError:
+            raise _gone() from None
+        except Problem:
+            if attempt + 1 == ATTEMPTS:
+                raise
+    raise AssertionError("unreachable")
 
 
 async def _reach(call: Awaitable[T]) -> T:

@@ -74,7 +74,7 @@ async def _read_form(request: Request, values: dict[str, Any], image: bool) -> b
         raise problem(400, "bad-form", "Malformed form", f"The form cannot be read: {error.detail}") from None
     except (ValueError, KeyError, RuntimeError):
         raise problem(400, "bad-form", "Malformed form", "The form cannot be read.") from None
-    async with form:
+    try:
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
                 _take(values, [(name, _plain(value))])
@@ -85,6 +85,8 @@ async def _read_form(request: Request, values: dict[str, Any], image: bool) -> b
                 raise invalid_field("image", "is given more than once", "once")
             else:
                 upload = await value.read()
+    finally:
+        await form.close()
     return upload
 
 

@@ -23,7 +23,9 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.utils import logging
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from transformers.utils import logging as transformers_logging
 
 from core.catalogue import Entry
 from core.problems import Problem, unavailable
@@ -44,6 +46,12 @@ CLASSES: dict[Family, PipelineClasses] = {
     "sdxl": PipelineClasses(StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline),
     "flux": PipelineClasses(FluxPipeline, FluxImg2ImgPipeline),
 }
+# A server's log is no terminal: no progress bars, and errors alone from the libraries.
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
 # The image checker of SD 1.x needs weights and torchvision; it is not part of making a picture.
 _WITHOUT_CHECKER: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 

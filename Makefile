@@ -1,0 +1,44 @@
+# Easel's commands; `make` lists them. Everything is set up in .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help serve test lint lock keys bench clean
+help:  ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
+
+serve: .venv/serve.stamp keys  ## set up and serve on 127.0.0.1:3000
+	@exec $(BIN)/bentoml serve service:ImageGeneration --timeout-graceful-shutdown 10
+
+test: .venv/test.stamp  ## set up and run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/test.stamp  ## run the linters
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+keys: .venv/serve.stamp  ## write API keys into .env where there are none, and say how to call
+	@$(BIN)/python -m core.keys
+
+bench: .venv/test.stamp  ## measure against raw diffusers; writes bench/results.md
+	$(BIN)/python bench/overhead.py
+
+lock: .venv/python.stamp  ## resolve pyproject.toml anew into requirements.lock and requirements-dev.lock
+	rm -rf .venv/lock && $(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install -q -U pip
+	.venv/lock/bin/pip install -q torch==2.13.0 && .venv/lock/bin/pip install -q .
+	.venv/lock/bin/pip freeze --exclude easel | sed 's/+cpu//' > requirements.lock
+	.venv/lock/bin/pip install -q --group dev -c requirements.lock
+	.venv/lock/bin/pip freeze --exclude easel | sed 's/+cpu//' | grep -vxFf requirements.lock > requirements-dev.lock
+	rm -rf .venv/lock build easel.egg-info
+
+clean:  ## remove the virtual environment
+	rm -rf .venv
+
+.venv/python.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Easel needs Python 3.11 or later; set PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv && touch $@
+
+.venv/serve.stamp: .venv/python.stamp requirements.lock
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.lock && touch $@
+
+.venv/test.stamp: .venv/serve.stamp requirements-dev.lock
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.lock -c requirements.lock && touch $@

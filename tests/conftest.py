@@ -1,0 +1,123 @@
+"""Miniature models, a starter pipeline and a real server, each made once for the whole run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+import yaml
+
+from core.settings import ROOT
+
+USER, ADMIN = "your-api-key", "admin-key"
+SEED_MODELS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-2-1": "sd2",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "black-forest-labs/FLUX.1-dev": "flux",
+}
+
+
+@dataclass
+class Server:
+    """A `bentoml serve` process on a loopback port."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def post(self, path: str, key: str = USER, **kwargs: object) -> requests.Response:
+        headers = {"X-API-Key": key, **kwargs.pop("headers", {})}
+        return requests.post(self.url + path, headers=headers, timeout=kwargs.pop("timeout", 120), **kwargs)
+
+    def get(self, path: str, key: str = USER, **kwargs: object) -> requests.Response:
+        return requests.get(self.url + path, headers={"X-API-Key": key}, timeout=kwargs.pop("timeout", 30), **kwargs)
+
+
+@pytest.fixture(scope="session")
+def miniatures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every family's miniature on disk."""
+    from tests import miniatures
+
+    return miniatures.save_all(tmp_path_factory.mktemp("miniatures"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(folder: Path, overrides: dict, target: str = "service:ImageGeneration", env: dict[str, str] | None = None, ready: bool = True) -> Iterator[Server]:
+    """Serve with configuration.yaml changed by `overrides` (section by section)."""
+    configuration = yaml.safe_load((ROOT / "configuration.yaml").read_text())
+    for section, values in overrides.items():
+        configuration[section] |= values
+    port = free_port()
+    configuration["server"] |= {"port": port}
+    path = folder / "configuration.yaml"
+    path.write_text(yaml.safe_dump(configuration))
+    environment = {**os.environ, "API_KEY": USER, "ADMIN_API_KEY": ADMIN, "EASEL_CONFIGURATION": str(path), "HF_HUB_OFFLINE": "1", **(env or {})}
+    log = folder / "server.log"
+    with log.open("wb") as out:
+        command = [sys.executable, "-m", "bentoml", "serve", target, "--timeout-graceful-shutdown", "10"]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        if ready:
+            wait_for(lambda: _ready(server), 120, server)
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(45)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, server: Server | None = None) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        if server is not None and server.process.poll() is not None:
+            break
+        time.sleep(0.1)
+    log = server.log.read_text(errors="replace")[-3000:] if server else ""
+    raise AssertionError(f"not within {seconds} s\n{log}")
+
+
+def _ready(server: Server) -> bool:
+    try:
+        return requests.get(server.url + "/readyz", timeout=5).status_code == 200
+    except requests.RequestException:
+        return False
+
+
+def catalogue(miniatures: dict[str, Path]) -> list[dict]:
+    """The starter, and the seed's model ids mapped to miniatures."""
+    entries: list[dict] = [{"id": "starter/stable-diffusion", "family": "starter", "licence": "Apache-2.0", "commercial_use": True}]
+    entries += [{"id": id, "family": family, "source": str(miniatures[family])} for id, family in SEED_MODELS.items()]
+    entries.append({"id": "missing/model", "family": "sd15", "source": "/nowhere/at/all"})
+    entries.append({"id": "unreachable/model", "family": "sd15"})
+    return entries
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, miniatures: dict[str, Path]) -> Iterator[Server]:
+    """The entry service with its runner, for all tests that do not need a server of their own."""
+    overrides = {"models": {"catalogue": catalogue(miniatures)}}
+    with serving(tmp_path_factory.mktemp("server"), overrides) as running:
+        yield running

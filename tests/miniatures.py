@@ -1,0 +1,120 @@
+"""A miniature of every family, from its real configuration classes: random weights that prove the wiring.
+
+SD 1.5 (epsilon, PNDM), SD 2.1 (v-prediction), SDXL (two text encoders), Flux (CLIP and T5).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from core.settings import ROOT
+
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def _tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(ROOT / "starter/stable-diffusion/tokenizer")
+
+
+def _text_config(tokenizer: CLIPTokenizer, **more: object) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **more,
+    )  # fmt: skip
+
+
+def _vae(**more: object) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, **more,
+    )  # fmt: skip
+
+
+def _unet(cross_attention_dim: int = 32, **more: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16, 32), layers_per_block=1, cross_attention_dim=cross_attention_dim,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        attention_head_dim=(1, 2, 4), norm_num_groups=8, **more,
+    )  # fmt: skip
+
+
+def _sd(scheduler: object, **unet: object) -> StableDiffusionPipeline:
+    tokenizer = _tokenizer()
+    return StableDiffusionPipeline(
+        vae=_vae(), text_encoder=CLIPTextModel(_text_config(tokenizer)), tokenizer=tokenizer, unet=_unet(**unet),
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def sd15() -> StableDiffusionPipeline:
+    return _sd(PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False))
+
+
+def sd2() -> StableDiffusionPipeline:
+    return _sd(DDIMScheduler(**NOISE, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False), use_linear_projection=True)
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    tokenizer = _tokenizer()
+    unet = _unet(
+        64, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8,
+        use_linear_projection=True, transformer_layers_per_block=(1, 1, 2),
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=_vae(), text_encoder=CLIPTextModel(_text_config(tokenizer)), tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, projection_dim=32)), tokenizer_2=_tokenizer(),
+        unet=unet, scheduler=EulerDiscreteScheduler(**NOISE), force_zeros_for_empty_prompt=True,
+    )  # fmt: skip
+
+
+def flux() -> FluxPipeline:
+    tokenizer = _tokenizer()
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)] + [(chr(c), -2.0) for c in range(33, 127)]
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    t5 = T5Config(vocab_size=128, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=_vae(shift_factor=0.1159, scaling_factor=0.3611),
+        text_encoder=CLIPTextModel(_text_config(tokenizer)), tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5), tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0), transformer=transformer,
+    )  # fmt: skip
+
+
+MAKERS = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl, "flux": flux}
+
+
+def save_all(folder: Path) -> dict[str, Path]:
+    """Write every miniature under `folder`; return each family's path."""
+    paths = {}
+    for family, make in MAKERS.items():
+        torch.manual_seed(0)
+        paths[family] = folder / family
+        make().save_pretrained(paths[family])
+    return paths
