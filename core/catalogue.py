@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import uuid
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from core.problems import FieldError, invalid, invalid_field, nearest
 from core.settings import Dtype, Family, Limits, Model, Settings
 
 _SEEDS = random.SystemRandom()
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ FAMILIES: dict[Family, FamilyTraits] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A model with its family's defaults filled in."""
+    """A model with its family's defaults filled in. Only a listed one may be a path on this machine."""
 
     model: Model
     traits: FamilyTraits
+    listed: bool = True
 
     @property
     def id(self) -> str:
@@ -118,14 +121,12 @@ class Catalogue:
         raise invalid_field("model_id", f"there is no model {name!r}{nearest(name, known)}", known, name)
 
     def _guess(self, name: str) -> Entry:
-        """An unlisted hub id: its family by what such ids usually contain. Local paths stay listed-only,
-        or a request could name any folder of the machine."""
-        owner, slash, repo = name.partition("/")
-        if not (slash and owner and repo) or not all(c.isalnum() or c in "-_." for c in owner + repo) or ".." in name:
+        """An unlisted hub id: its family by what such ids usually contain."""
+        if not _HUB_ID.fullmatch(name):
             raise invalid_field("model_id", f"{name!r} is neither listed nor a hub id like 'owner/name'", list(self.entries), name)
-        text = repo.lower()
+        text = name.lower()
         family: Family = "flux" if "flux" in text else "sdxl" if "xl" in text else "sd2" if "-2" in text else "sd15"
-        return Entry(Model(id=name, family=family), FAMILIES[family])
+        return Entry(Model(id=name, family=family), FAMILIES[family], listed=False)
 
     def plan(self, request: GenerationRequest, image: Pixels | None, client: str) -> Plan:
         """Check `request` against its model and the limits, and fill in every default.

@@ -72,9 +72,10 @@ def fetch(entry: Entry, token: str | None) -> Path:
         Problem: 503 that says what stands in the way: no such repository, gated, no network, disk full.
     """
     source = entry.model.source or entry.id
-    for path in (Path(source).expanduser(), ROOT / source):
-        if path.exists():
-            return path
+    if entry.listed:
+        for path in (Path(source).expanduser(), ROOT / source):
+            if path.exists():
+                return path
     if entry.model.source and (source.startswith((".", "/", "~")) or source.endswith(".safetensors")):
         raise unavailable(f"The weights of {entry.id} are not at {source}. Put them there, or mend `source` in configuration.yaml.", slug="model-missing")
     try:

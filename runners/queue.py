@@ -99,7 +99,7 @@ class DeviceQueue:
                         self._count -= 1
                         if not jobs:
                             del self._waiting[client]
-                        job.future.set_exception(problems.cancelled())
+                        _fail(job, problems.cancelled())
                         return True
         return False
 
@@ -118,7 +118,7 @@ class DeviceQueue:
             self._closed = True
             for jobs in self._waiting.values():
                 for job in jobs:
-                    job.future.set_exception(problems.unavailable("The service is shutting down.", retry_after=10))
+                    _fail(job, problems.unavailable("The service is shutting down.", retry_after=10))
             self._waiting.clear()
             self._count = 0
             self._changed.notify()
@@ -150,6 +150,9 @@ class DeviceQueue:
                 self._safely_rest()
                 continue
             job.started = time.monotonic()
+            if not job.future.set_running_or_notify_cancel():  # its caller has given up meanwhile
+                self._finish(job)
+                continue
             try:
                 job.check()
                 outcome = job.run(job)
@@ -173,3 +176,9 @@ class DeviceQueue:
             self._rest()
         except Exception:
             log.exception("housekeeping failed")
+
+
+def _fail(job: Job[Any], problem: problems.Problem) -> None:
+    """End a job that never ran."""
+    if job.future.set_running_or_notify_cancel():
+        job.future.set_exception(problem)

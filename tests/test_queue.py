@@ -1,0 +1,133 @@
+"""The queue's promises: bounded, fair between keys, one at a time, cancelled at the next step."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from core.problems import Problem
+from runners.queue import DeviceQueue, Job
+
+
+@pytest.fixture
+def queue() -> Iterator[DeviceQueue]:
+    made = DeviceQueue(lambda: None, limit=6, per_key=4)
+    yield made
+    made.close()
+
+
+class Blocker:
+    """A job that runs until it is let go."""
+
+    def __init__(self, queue: DeviceQueue) -> None:
+        self.started, self.go = threading.Event(), threading.Event()
+        self.future = queue.submit(Job("blocker", "blocker", self._run, 60))
+        assert self.started.wait(5)
+
+    def _run(self, job: Job[None]) -> None:
+        self.started.set()
+        assert self.go.wait(10)
+
+
+def status(caught: pytest.ExceptionInfo[Problem]) -> int:
+    return caught.value.details.status
+
+
+def test_keys_take_turns(queue: DeviceQueue) -> None:
+    blocker, order = Blocker(queue), []
+    for client, number in [("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2)]:
+        queue.submit(Job(f"{client}{number}", client, lambda job: order.append(job.id), 60))
+    blocker.go.set()
+    queue.submit(Job("last", "c", lambda job: None, 60)).result(5)
+    while len(order) < 5:
+        time.sleep(0.01)
+    assert order == ["a1", "b1", "a2", "b2", "a3"]
+
+
+def test_a_full_queue_answers_429_with_retry_after(queue: DeviceQueue) -> None:
+    blocker = Blocker(queue)
+    for i in range(4):
+        queue.submit(Job(f"a{i}", "a", lambda job: None, 60))
+    with pytest.raises(Problem) as own:
+        queue.submit(Job("a5", "a", lambda job: None, 60))
+    queue.submit(Job("b1", "b", lambda job: None, 60))
+    queue.submit(Job("b2", "b", lambda job: None, 60))
+    with pytest.raises(Problem) as full:
+        queue.submit(Job("c1", "c", lambda job: None, 60))
+    assert (status(own), status(full)) == (429, 429)
+    assert int(full.value.headers["Retry-After"]) >= 1
+    assert (queue.status().running, queue.status().waiting) == (1, 6)
+    blocker.go.set()
+
+
+def test_work_never_overlaps_even_when_its_caller_gave_up(queue: DeviceQueue) -> None:
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def work(job: Job[None]) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+
+    futures = [queue.submit(Job(str(i), f"client{i}", work, 60)) for i in range(5)]
+    futures[0].cancel()
+    for future in futures[1:]:
+        future.result(5)
+    assert most == 1
+
+
+def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_at_its_next_check(queue: DeviceQueue) -> None:
+    steps, stepping = [], threading.Event()
+
+    def work(job: Job[None]) -> None:
+        for step in range(1000):
+            job.check()
+            steps.append(step)
+            stepping.set()
+            time.sleep(0.01)
+
+    running = queue.submit(Job("running", "a", work, 60))
+    waiting = queue.submit(Job("waiting", "a", work, 60))
+    assert stepping.wait(5)
+    assert queue.cancel("waiting")
+    assert waiting.exception(1).details.status == 499
+    done = len(steps)
+    assert queue.cancel("running")
+    assert running.exception(5).details.status == 499
+    assert len(steps) - done <= 2
+    assert not queue.cancel("unknown")
+
+
+def test_a_deadline_counts_the_wait(queue: DeviceQueue) -> None:
+    blocker = Blocker(queue)
+    late = queue.submit(Job("late", "a", lambda job: None, 0.05))
+    time.sleep(0.1)
+    blocker.go.set()
+    assert late.exception(5).details.status == 504
+
+
+def test_a_failing_job_or_housekeeping_leaves_the_thread_alive() -> None:
+    queue = DeviceQueue(lambda: 1 / 0, limit=2, per_key=2)
+    assert isinstance(queue.submit(Job("bad", "a", lambda job: 1 / 0, 60)).exception(5), ZeroDivisionError)
+    time.sleep(1.2)
+    assert queue.submit(Job("good", "a", lambda job: "done", 60)).result(5) == "done"
+    queue.close()
+
+
+def test_closing_tells_those_who_wait() -> None:
+    queue = DeviceQueue(lambda: None, limit=2, per_key=2)
+    blocker = Blocker(queue)
+    waiting = queue.submit(Job("waiting", "a", lambda job: None, 60))
+    closing = threading.Thread(target=queue.close)
+    closing.start()
+    assert waiting.exception(5).details.status == 503
+    blocker.go.set()
+    closing.join(5)
+    assert not closing.is_alive()

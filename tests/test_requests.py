@@ -1,0 +1,120 @@
+"""Parameters: what is checked, what the answer says, and what the defaults become."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from api import reading
+from core import schedulers
+from core.catalogue import Catalogue
+from core.generation import Pixels, Plan
+from core.problems import Problem
+from core.settings import Model, Models, Settings
+
+FAMILIES = ("starter", "sd15", "sd2", "sdxl", "flux")
+SETTINGS = Settings(models=Models(default="starter", catalogue=[Model(id=f, family=f) for f in FAMILIES]))
+CATALOGUE = Catalogue(SETTINGS)
+PICTURE = Pixels(width=300, height=150, data=bytes(300 * 150 * 3))
+
+
+def plan(image: Pixels | None = None, **values: object) -> Plan:
+    return CATALOGUE.plan(reading.parse({"prompt": "x", **values}), image, "me")
+
+
+def refusal(image: Pixels | None = None, **values: object) -> dict[str, str]:
+    with pytest.raises(Problem) as caught:
+        plan(image, **values)
+    assert caught.value.details.status == 422
+    return {e.field: f"{e.message}; {e.allowed}" for e in caught.value.details.errors}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", ""), ("prompt", "   "), ("prompt", "x" * 100_000), ("prompt", "a\x00b"), ("prompt", "a\x1bb"), ("prompt", None), ("prompt", 5),
+        ("guidance_scale", "nan"), ("guidance_scale", "inf"), ("guidance_scale", -1), ("guidance_scale", float("nan")), ("guidance_scale", 1e9),
+        ("num_inference_steps", 0), ("num_inference_steps", -5), ("num_inference_steps", 10**9), ("num_inference_steps", "many"), ("num_inference_steps", 2.5),
+        ("width", 65), ("width", -64), ("width", 100_000), ("width", "wide"), ("height", 0), ("height", 16),
+        ("count_returned", 0), ("count_returned", 10_000), ("seed", -2), ("seed", 2**60), ("seed", "random"),
+        ("strength", 0.5), ("strength", 7), ("scheduler", "Eulr"), ("torch_dtype", "int8"), ("format", "bmp"), ("quality", 0), ("quality", 101),
+        ("clip_skip", 50), ("model_id", "starte"), ("deadline_s", 0), ("deadline_s", "nan"), ("lora", "pixel_art_style"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_by_its_field_name(field: str, value: object) -> None:
+    assert list(refusal(**{field: value})) == [field]
+
+
+def test_unknown_names_are_refused_with_the_nearest_known_one() -> None:
+    assert "did you mean 'guidance_scale'" in refusal(guidence_scale=7)["guidence_scale"]
+    assert "did you mean 'Euler'" in refusal(scheduler="Eulr")["scheduler"].replace("'euler'", "'Euler'")
+    assert "starter" in refusal(model_id="starte")["model_id"]
+
+
+def test_every_wrong_field_is_named_at_once() -> None:
+    assert set(refusal(width=65, num_inference_steps=1000, count_returned=99)) == {"width", "num_inference_steps", "count_returned"}
+
+
+def test_what_a_model_cannot_honour_is_refused() -> None:
+    assert set(refusal(model_id="flux", negative_prompt="blue", clip_skip=2)) == {"negative_prompt", "clip_skip"}
+    assert "flow-matching" in refusal(model_id="flux", scheduler="DPM++ 2M")["scheduler"]
+    assert "steps leaves none" in refusal(PICTURE, num_inference_steps=2, strength=0.2)["strength"]
+
+
+def test_defaults_come_from_the_family() -> None:
+    sizes = {f: plan(model_id=f) for f in FAMILIES}
+    assert [(p.width, p.num_inference_steps) for p in sizes.values()] == [(64, 25), (512, 30), (768, 30), (1024, 30), (1024, 28)]
+    assert sizes["flux"].guidance_scale == 3.5
+
+
+def test_an_input_pictures_shape_is_kept_at_the_models_area() -> None:
+    made = plan(PICTURE, model_id="sd15")
+    assert (made.width, made.height) == (728, 360)
+    assert made.strength == 0.75
+
+
+def test_seeds_count_up_and_are_random_when_left_out() -> None:
+    assert plan(seed=5, count_returned=3).seeds == [5, 6, 7]
+    assert plan().seeds != plan().seeds
+    assert plan(seed=-1).seeds[0] >= 0
+
+
+def test_dtype_names_of_torch_and_short_ones_are_taken() -> None:
+    assert [plan(torch_dtype=n).torch_dtype for n in ("torch.float16", "fp16", "bf16", "float32")] == ["float16", "float16", "bfloat16", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "schedule"),
+    [
+        ("Euler", "EulerDiscreteScheduler", None), ("Euler a", "EulerAncestralDiscreteScheduler", None), ("euler_ancestral", "EulerAncestralDiscreteScheduler", None),
+        ("DPM++ 2M Karras", "DPMSolverMultistepScheduler", "Karras"), ("dpmpp_2m", "DPMSolverMultistepScheduler", None), ("dpmpp_2m_sde_karras", "DPMSolverMultistepScheduler", "Karras"),
+        ("DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler", None), ("DPMSolverMultistep", "DPMSolverMultistepScheduler", None),
+        ("DDIM", "DDIMScheduler", None), ("UniPC", "UniPCMultistepScheduler", None), ("LCM", "LCMScheduler", None), ("PLMS", "PNDMScheduler", None),
+        ("heun", "HeunDiscreteScheduler", None), ("LMS Karras", "LMSDiscreteScheduler", "Karras"), ("DPM++ SDE", "DPMSolverSinglestepScheduler", None),
+        ("DPM2 a", "KDPM2AncestralDiscreteScheduler", None), ("EulerAncestralDiscreteScheduler", "EulerAncestralDiscreteScheduler", None),
+    ],
+)  # fmt: skip
+def test_scheduler_names_of_every_dialect_are_known(name: str, class_name: str, schedule: str | None) -> None:
+    found = schedulers.find(name)
+    assert (found.class_name, found.schedule) == (class_name, schedule)
+
+
+def test_an_unlisted_model_needs_the_setting_and_is_never_a_path() -> None:
+    open_catalogue = Catalogue(Settings(models=Models(allow_unlisted=True, default="starter", catalogue=[Model(id="starter", family="starter")])))
+    request = reading.parse({"prompt": "x", "model_id": "someone/dreamy-xl"})
+    assert open_catalogue.find(request.model_id).model.family == "sdxl"
+    for path in ("/etc/passwd", "../secret", "a/b/c", "~/models", "./x", "a/..", "plain"):
+        with pytest.raises(Problem):
+            open_catalogue.find(path)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.dictionaries(st.sampled_from([*reading.PARAMETERS, "nonsense"]), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers())), max_size=6))
+def test_any_values_give_a_plan_or_a_problem(values: dict[str, object]) -> None:
+    try:
+        plan(**values)
+    except Problem as problem:
+        assert problem.details.status == 422
+        assert problem.details.errors
+        problem.body()
