@@ -1,0 +1,124 @@
+"""Every family through its real diffusers pipelines: both modes, clip skip, and every scheduler it offers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from api import reading
+from core import schedulers
+from core.catalogue import FAMILIES, Catalogue
+from core.generation import Generation, Pixels
+from core.problems import Problem
+from core.settings import Model, Models, Settings
+from runners import prompts
+from runners.device import Device
+
+PICTURE = Pixels(width=64, height=48, data=(bytes(range(256)) * 40)[: 64 * 48 * 3])
+SMALL = ("sd15", "sd2", "sdxl", "flux")
+
+
+@pytest.fixture(scope="module")
+def device(miniatures: dict[str, Path]) -> Iterator[Device]:
+    entries = [Model(id=f, family=f, source=str(p)) for f, p in miniatures.items()]
+    settings = Settings(models=Models(default="sd15", catalogue=entries, cpu_threads=1))
+    made = Device(settings, Catalogue(settings))
+    yield made
+    made.queue.close()
+    torch.set_num_threads(2)
+
+
+def draw(device: Device, model: str, image: Pixels | None = None, **values: object) -> Generation:
+    entry = device.catalogue.find(model)
+    size = {"width": entry.traits.min_size, "height": entry.traits.min_size}
+    plan = device.catalogue.plan(reading.parse({"prompt": "a cat", "model_id": model, "seed": 1, "num_inference_steps": 4, **size, **values}), image, "test")
+    return device.submit(plan, device.fetch(entry)).result(120)
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_text_and_picture_to_picture(device: Device, model: str) -> None:
+    drawn = draw(device, model, count_returned=2)
+    assert [p.width for p in drawn.pictures] == [FAMILIES[model].min_size] * 2
+    assert drawn.pictures[0].data != drawn.pictures[1].data
+    redrawn = draw(device, model, PICTURE, strength=0.5)
+    assert redrawn.ran.steps_run == 2
+    assert draw(device, model, PICTURE, strength=0.5).pictures == redrawn.pictures
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_every_scheduler_on_offer_draws(device: Device, model: str) -> None:
+    for name in schedulers.names(FAMILIES[model].flow):
+        for image in (None, PICTURE):
+            ran = draw(device, model, image, scheduler=name, num_inference_steps=6)
+            assert len(set(ran.pictures[0].data)) > 3, (name, image is not None)
+            assert f"{ran.ran.scheduler} {ran.ran.schedule or ''}".strip() == name
+
+
+@pytest.mark.parametrize("model", ["sd15", "sd2", "sdxl"])
+def test_clip_skip_is_what_diffusers_computes(device: Device, model: str) -> None:
+    entry = device.catalogue.find(model)
+    pipe = device.residency.acquire(entry, device.fetch(entry), torch.float32).txt2img
+    plan = device.catalogue.plan(reading.parse({"prompt": "a cat", "model_id": model, "clip_skip": 1}), None, "test")
+    ours = prompts.embed(pipe, entry.model.family, plan).arguments["prompt_embeds"]
+    theirs = pipe.encode_prompt("a cat", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False, clip_skip=1)[0]
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_flux_tells_which_prompt_parts_it_cannot_read(device: Device) -> None:
+    ran = draw(device, "flux", prompt="x " * 600 + "(y:1.3)").ran
+    assert ran.prompt_tokens > 600
+    assert ran.prompt_tokens_cut == ran.prompt_tokens - 511
+    assert any("weights" in note for note in ran.notes)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fragments"),
+    [
+        ("a cat", [("a cat", 1.0)]),
+        ("a (cat:1.3) x", [("a ", 1.0), ("cat", 1.3), (" x", 1.0)]),
+        ("(cat)", [("cat", 1.1)]),
+        ("[cat]", [("cat", 1 / 1.1)]),
+        ("((cat))", [("cat", 1.1 * 1.1)]),
+        (r"\(cat\)", [("(cat)", 1.0)]),
+        ("time: 5:30", [("time: 5:30", 1.0)]),
+        ("(open", [("open", 1.1)]),
+        ("stray)", [("stray)", 1.0)]),
+        ("", [("", 1.0)]),
+        ("(a:99)", [("a", 10.0)]),
+    ],
+)
+def test_weights_are_read_as_a1111_reads_them(prompt: str, fragments: list[tuple[str, float]]) -> None:
+    read = prompts.parse_weights(prompt)
+    assert [text for text, _ in read] == [text for text, _ in fragments]
+    assert [weight for _, weight in read] == pytest.approx([weight for _, weight in fragments])
+
+
+def test_broken_weights_are_a_503_and_others_still_work(device: Device, tmp_path: Path, miniatures: dict[str, Path]) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(miniatures["sd15"], broken)
+    weights = broken / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    settings = Settings(models=Models(default="broken", catalogue=[Model(id="broken", family="sd15", source=str(broken))]))
+    other = Device(settings, Catalogue(settings))
+    with pytest.raises(Problem) as caught:
+        draw(other, "broken")
+    assert caught.value.details.status == 503
+    assert "broken" in caught.value.details.detail
+    other.queue.close()
+
+
+def test_pickled_checkpoints_are_refused(device: Device, tmp_path: Path, miniatures: dict[str, Path]) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(miniatures["sd15"], pickled)
+    (pickled / "unet/diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, pickled / "unet/diffusion_pytorch_model.bin")
+    settings = Settings(models=Models(default="pickled", catalogue=[Model(id="pickled", family="sd15", source=str(pickled))]))
+    other = Device(settings, Catalogue(settings))
+    with pytest.raises(Problem) as caught:
+        draw(other, "pickled")
+    assert caught.value.details.status == 503
+    other.queue.close()

@@ -1,0 +1,96 @@
+"""The starter draws what it is told: colours, names, layouts, seeds and negative prompts have an effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from api import reading
+from core.catalogue import Catalogue
+from core.generation import Generation, Pixels
+from core.images import encode
+from core.settings import Model, Models, Settings
+from runners.device import Device
+
+SETTINGS = Settings(models=Models(default="starter/stable-diffusion", catalogue=[Model(id="starter/stable-diffusion", family="starter")]))
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[Device]:
+    made = Device(SETTINGS, Catalogue(SETTINGS))
+    yield made
+    made.queue.close()
+
+
+def draw(device: Device, image: Pixels | None = None, **values: object) -> Generation:
+    plan = device.catalogue.plan(reading.parse({"seed": 1, **values}), image, "test")
+    return device.submit(plan, device.fetch(device.catalogue.find(plan.model_id))).result(120)
+
+
+def array(pixels: Pixels) -> np.ndarray:
+    return np.frombuffer(pixels.data, np.uint8).reshape(pixels.height, pixels.width, 3).astype(float)
+
+
+def coloured(pixels: Pixels) -> np.ndarray:
+    """The mean colour of what is not near white or grey."""
+    flat = array(pixels).reshape(-1, 3)
+    return flat[flat.max(1) - flat.min(1) > 60].mean(0)
+
+
+@pytest.mark.parametrize(("prompt", "strongest"), [("red apple", 0), ("red heart", 0), ("green apple", 1), ("green heart", 1), ("blue heart", 2)])
+def test_a_named_colour_is_the_pictures_colour(device: Device, prompt: str, strongest: int) -> None:
+    pictures = draw(device, prompt=prompt, count_returned=4).pictures
+    hits = [int(coloured(p).argmax()) == strongest for p in pictures]
+    assert sum(hits) >= 3
+
+
+def test_the_same_seed_gives_the_same_bytes(device: Device) -> None:
+    first, again, other = (draw(device, prompt="red apple", seed=s).pictures[0] for s in (5, 5, 6))
+    assert encode(first, "png") == encode(again, "png")
+    assert first.data != other.data
+
+
+def test_pictures_of_one_request_equal_those_of_their_seeds_alone(device: Device) -> None:
+    """To 2 of 255 levels: a CPU's batched kernels add in another order."""
+    together = draw(device, prompt="pizza", seed=30, count_returned=4).pictures
+    for i, picture in enumerate(together):
+        alone = draw(device, prompt="pizza", seed=30 + i).pictures[0]
+        assert np.abs(array(picture) - array(alone)).max() <= 2
+
+
+def test_a_negative_prompt_and_guidance_change_the_picture(device: Device) -> None:
+    plain = draw(device, prompt="heart", seed=3).pictures[0].data
+    assert draw(device, prompt="heart", negative_prompt="red", seed=3).pictures[0].data != plain
+    assert draw(device, prompt="heart", guidance_scale=1, seed=3).pictures[0].data != plain
+
+
+def test_a_low_strength_keeps_the_layout_and_full_strength_does_not(device: Device) -> None:
+    source = draw(device, prompt="red heart", seed=2).pictures[0]
+    base = array(source)
+    kept, redrawn = (np.abs(array(draw(device, source, prompt="pizza", strength=s, seed=9).pictures[0]) - base).mean() for s in (0.3, 1.0))
+    assert kept < 0.6 * redrawn
+
+
+def test_other_sizes_give_a_picture(device: Device) -> None:
+    picture = draw(device, prompt="red apple", width=96, height=64).pictures[0]
+    assert (picture.width, picture.height) == (96, 64)
+    assert array(picture).std() > 20
+
+
+def test_weights_and_long_prompts_reach_the_model(device: Device) -> None:
+    plain = draw(device, prompt="red apple and blue heart").pictures[0].data
+    weighted = draw(device, prompt="red apple and (blue heart:1.6)")
+    assert weighted.pictures[0].data != plain
+    filler = "very nice, " * 60
+    late = [draw(device, prompt=filler + end) for end in ("red heart", "blue heart")]
+    assert late[0].ran.prompt_tokens > 150
+    assert late[0].ran.prompt_tokens_cut == 0
+    assert late[0].pictures[0].data != late[1].pictures[0].data
+
+
+def test_what_ran_is_told(device: Device) -> None:
+    ran = draw(device, prompt="star", scheduler="euler_ancestral", num_inference_steps=5, torch_dtype="float16").ran
+    assert (ran.scheduler, ran.steps_run, ran.torch_dtype) == ("Euler a", 5, "float32")
+    assert "no fast float16" in ran.notes[0]

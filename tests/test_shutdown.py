@@ -1,0 +1,89 @@
+"""Stopping and failing: a picture in the making is delivered, and a dead runner is a clear 503."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from core import keys
+from core.settings import Secrets
+from tests.conftest import Server, serving, wait_for
+from tests.test_http import FAST, picture, problem
+
+pytestmark = pytest.mark.http
+SLOW = {"prompt": "x", "num_inference_steps": 100, "count_returned": 4}
+ONE_MODEL = {"models": {"catalogue": [{"id": "starter/stable-diffusion", "family": "starter"}], "warm_up": ["starter/stable-diffusion"]}}
+
+
+def runner_of(server: Server) -> psutil.Process:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return next(c for c in children if "StableDiffusion" in c.cmdline())
+
+
+def in_background(server: Server) -> tuple[threading.Thread, list[requests.Response]]:
+    answers: list[requests.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(server.post("/post_config", params=SLOW)))
+    thread.start()
+    wait_for(lambda: server.get("/buffer_status").json()["queue"]["running"] == 1, 20, server)
+    return thread, answers
+
+
+def test_sigterm_delivers_the_picture_and_refuses_more(tmp_path: Path) -> None:
+    with serving(tmp_path, ONE_MODEL) as server:
+        thread, answers = in_background(server)
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: requests.get(server.url + "/readyz", timeout=5).status_code == 503, 5)
+        problem(server.post("/post_config", params={"prompt": "x"}), 503)
+        thread.join(60)
+        assert picture(answers[0]).size == (128, 128)
+        assert server.process.wait(30) == 0
+
+
+def test_a_killed_runner_is_a_503_and_comes_back(tmp_path: Path) -> None:
+    with serving(tmp_path, ONE_MODEL) as server:
+        thread, answers = in_background(server)
+        killed = runner_of(server)
+        killed.kill()
+        started = time.monotonic()
+        thread.join(30)
+        assert time.monotonic() - started < 15
+        assert int(answers[0].headers["retry-after"]) > 0
+        problem(answers[0], 503)
+        wait_for(lambda: requests.get(server.url + "/readyz", timeout=10).status_code == 200, 90, server)
+        assert picture(server.post("/post_config", params={"prompt": "x", **FAST}))
+        assert runner_of(server).pid != killed.pid
+
+
+def test_the_runner_alone_serves_the_same_contract(tmp_path: Path) -> None:
+    with serving(tmp_path, ONE_MODEL, "service:StableDiffusion") as server:
+        assert picture(server.post("/post_config", params={"prompt": "red apple", **FAST}))
+        problem(requests.post(server.url + "/post_config", timeout=5), 401)
+        problem(server.post("/internal/status", json={}), 404)
+        assert server.get("/buffer_status").json()["service"] == "StableDiffusion"
+
+
+def test_without_keys_it_does_not_start(tmp_path: Path) -> None:
+    with serving(tmp_path, ONE_MODEL, env={"API_KEY": "", "ADMIN_API_KEY": ""}, ready=False) as server:
+        assert server.process.wait(60) != 0
+        assert "No API key is configured" in server.log.read_text()
+
+
+def test_auth_off_serves_loopback(tmp_path: Path) -> None:
+    with serving(tmp_path, {**ONE_MODEL, "auth": {"mode": "off"}}, env={"API_KEY": "", "ADMIN_API_KEY": ""}) as server:
+        assert requests.get(server.url + "/capabilities", timeout=10).ok
+
+
+def test_keys_are_made_once_and_only_readable_by_their_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("API_KEY", "ADMIN_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(keys, "secrets", lambda: Secrets(_env_file=tmp_path / ".env"))
+    made = keys.ensure(tmp_path / ".env")
+    assert set(made) == {"API_KEY", "ADMIN_API_KEY"}
+    assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
+    assert keys.ensure(tmp_path / ".env") == {}
