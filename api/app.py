@@ -5,8 +5,6 @@ One module per contract adds its router here; api.gate stands in front of all of
 
 from __future__ import annotations
 
-from core import __version__
-
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import APIKeyHeader, HTTPBearer
@@ -15,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api import models, seed, typed
+from core import __version__
 from core.catalogue import Catalogue
 from core.problems import MEDIA_TYPE, FieldError, Problem, ProblemDetails, invalid, problem, shown
 from core.settings import Settings

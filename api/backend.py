@@ -75,7 +75,8 @@ async def _watched(target: Runner, plan: Plan, gone: asyncio.Future[None]) -> Ge
     work: asyncio.Future[Generation] = asyncio.ensure_future(_submit(target, plan))
     try:
         while True:
-            await asyncio.wait({work, gone}, timeout=PROBE_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {work, gone}
+            await asyncio.wait(waiting, timeout=PROBE_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 break
             if gone.done():

@@ -43,12 +43,12 @@ class TypedApis:
     """The declarations, for a BentoML service to inherit. Called in this process (never over
     HTTP: see above), they do as the routes do."""
 
-    @bentoml.api(input_spec=GenerationRequest)
+    @bentoml.api(input_spec=GenerationRequest)  # type: ignore[untyped-decorator]
     async def txt2img(self, **values: Any) -> GenerationResponse:
         """Draw pictures from a prompt."""
         return await _draw(reading.parse(values), None)
 
-    @bentoml.api(input_spec=Img2ImgInput)
+    @bentoml.api(input_spec=Img2ImgInput)  # type: ignore[untyped-decorator]
     async def img2img(self, image: Path, **values: Any) -> GenerationResponse:
         """Draw pictures from a prompt and an input picture."""
         return await _draw(reading.parse(values), images.decode(image.read_bytes(), settings.load().limits))

@@ -6,7 +6,7 @@ Every HTTP contract is translated into one `GenerationRequest`; core.catalogue t
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 

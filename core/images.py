@@ -70,7 +70,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        low, high = image.getextrema()
+        _low, high = image.getextrema()
         top = 65535 if image.mode.startswith("I;16") or (isinstance(high, (int, float)) and high > 255) else 255
         image = image.convert("F").point(lambda value: value * (255 / top)).convert("L")
         profile = None

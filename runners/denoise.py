@@ -16,7 +16,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from core import __version__, schedulers
 from core.generation import Generation, Pixels, Plan, Ran, Timing

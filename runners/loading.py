@@ -116,7 +116,7 @@ def explain(entry: Entry, error: BaseException) -> Problem:
     source = entry.model.source or entry.id
     if isinstance(error, Problem):
         return error
-    if isinstance(error, torch.OutOfMemoryError) or isinstance(error, MemoryError):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return unavailable(f"{entry.id} does not fit the memory that is free.", retry_after=60, slug="model-memory")
     if isinstance(error, GatedRepoError):
         return unavailable(f"{source} is gated: accept its licence on its hub page and set HF_TOKEN to a token of that account.", slug="model-gated")

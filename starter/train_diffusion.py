@@ -55,7 +55,7 @@ def train_tokenizer(texts: list[str], vocabulary: int = 3000) -> CLIPTokenizer:
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     # CLIP's order: bytes, bytes that end a word, merges, the two marks.
     tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*list(dict.fromkeys(tokens)), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
 
 
@@ -67,7 +67,7 @@ def prompt_for(emoji: data.Emoji, rng: random.Random) -> str:
     if kind < 0.70 or len(emoji.keywords) < 2:
         return rng.choice(TEMPLATES).format(emoji.name)
     some = rng.sample(emoji.keywords, rng.randint(1, min(4, len(emoji.keywords))))
-    return ", ".join([emoji.name, *some] if kind < 0.90 else some + [emoji.name])
+    return ", ".join([emoji.name, *some] if kind < 0.90 else [*some, emoji.name])
 
 
 def build(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DConditionModel]:
