@@ -57,9 +57,9 @@ def _name(hue: float, saturation: float, value: float) -> str | None:
         return "black"
     if saturation < 0.3 or value < 0.2:
         return None
-    if hue < 40 and value < 0.65 and hue > 8:
+    if 8 < hue < 40 and (value < 0.65 or (value < 0.8 and saturation < 0.7)):
         return "brown"
-    limits = ((14, "red"), (42, "orange"), (70, "yellow"), (170, "green"), (255, "blue"), (320, "purple"), (361, "red"))
+    limits = ((20, "red"), (42, "orange"), (70, "yellow"), (170, "green"), (255, "blue"), (320, "purple"), (361, "red"))
     return next(name for limit, name in limits if hue < limit)
 
 

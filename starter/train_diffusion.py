@@ -120,6 +120,10 @@ def save(out: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: 
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(out)
+    # transformers loads in the precision that the configuration names, diffusers in float32 unless
+    # told: a plain from_pretrained must give one precision for both.
+    config = out / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def main() -> None:
