@@ -37,7 +37,18 @@ class Runner(Protocol):
 def runner() -> Runner:
     """The Stable Diffusion runner: a dependency of the entry service, or this very service."""
     service: Any = bentoml.get_current_service()
-    return cast(Runner, getattr(service, "stable_diffusion", service))
+    return cast(Runner, getattr(service, "stable_diffusion", None) or _Here(service))
+
+
+class _Here:
+    """This process's own runner, called directly: BentoML would send the call through the public
+    listener, to be refused there for want of a key."""
+
+    def __init__(self, service: Any) -> None:
+        self._service = service
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._service, name).local
 
 
 async def status() -> RunnerStatus:

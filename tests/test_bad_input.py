@@ -78,7 +78,7 @@ def test_files_under_unknown_names_or_twice_are_refused(server: Server) -> None:
         (b"[" * 100_000, "application/json", 400),
         (json.dumps({"prompt": "x", "guidance_scale": float("nan")}).encode(), "application/json", 422),
         (b"no boundary", "multipart/form-data", 400),
-        (b"--b\r\nbroken", "multipart/form-data; boundary=b", 400),
+        (b"--b\r\nbroken", "multipart/form-data; boundary=b", 422),
         (b"x", "application/vnd.bentoml+pickle", 415),
         (b"x", "text/plain", 415),
     ],
