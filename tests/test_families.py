@@ -11,11 +11,11 @@ import torch
 
 from api import reading
 from core import schedulers
-from core.catalogue import FAMILIES, Catalogue
+from core.catalogue import FAMILIES, Catalogue, Entry
 from core.generation import Generation, Pixels
 from core.problems import Problem
 from core.settings import Model, Models, Settings
-from runners import prompts
+from runners import loading, prompts
 from runners.device import Device
 
 PICTURE = Pixels(width=64, height=48, data=(bytes(range(256)) * 40)[: 64 * 48 * 3])
@@ -129,4 +129,46 @@ def test_pickled_checkpoints_are_refused(device: Device, tmp_path: Path, miniatu
     with pytest.raises(Problem) as caught:
         draw(other, "pickled")
     assert caught.value.details.status == 503
+    other.queue.close()
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_a_cancel_stops_within_one_denoising_step(device: Device, model: str) -> None:
+    entry = device.catalogue.find(model)
+    resident = device.residency.acquire(entry, device.fetch(entry), torch.float32)
+    network = resident.txt2img.transformer if model == "flux" else resident.txt2img.unet
+    steps: list[int] = []
+
+    def counted(*_: object) -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            assert device.queue.cancel("to-cancel")
+
+    hook = network.register_forward_pre_hook(counted)
+    size = entry.traits.min_size
+    request = reading.parse({"prompt": "x", "model_id": model, "num_inference_steps": 20, "width": size, "height": size, "scheduler": "Euler"})
+    plan = device.catalogue.plan(request, None, "test").model_copy(update={"id": "to-cancel"})
+    outcome = device.submit(plan, device.fetch(entry)).exception(60)
+    hook.remove()
+    assert isinstance(outcome, Problem)
+    assert outcome.details.status == 499
+    assert len(steps) == 3
+    assert draw(device, model).pictures
+
+
+def test_concurrent_requests_load_a_model_once(miniatures: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+
+    def counting(entry: Entry, *rest: object) -> object:
+        loads.append(entry.id)
+        return loading.load(entry, *rest)
+
+    settings = Settings(models=Models(default="m", catalogue=[Model(id="m", family="sd15", source=str(miniatures["sd15"]))]))
+    other = Device(settings, Catalogue(settings))
+    monkeypatch.setattr(other.residency, "_load", counting)
+    entry = other.catalogue.find("m")
+    request = reading.parse({"prompt": "x", "num_inference_steps": 2, "width": 128, "height": 128})
+    futures = [other.submit(other.catalogue.plan(request, None, f"client{i}"), other.fetch(entry)) for i in range(5)]
+    assert all(f.result(60).pictures for f in futures)
+    assert loads == ["m"]
     other.queue.close()
