@@ -101,6 +101,13 @@ class Models(Section):
         return self
 
 
+class Loras(Section):
+    """The LoRA registry and the folder of downloaded weights; relative paths are beside the configuration."""
+
+    registry: Path = Path("lora_list.json")
+    folder: Path = Path("loras")
+
+
 class Runner(Section):
     """Where a runner service runs. `gpu: null` takes one GPU where there is one."""
 
@@ -120,6 +127,7 @@ class Settings(BaseSettings):
     queue: Queue = Queue()
     metadata: Metadata = Metadata()
     models: Models = Models(allow_unlisted=True)
+    loras: Loras = Loras()
     stable_diffusion: Runner = Runner()
 
     @classmethod
