@@ -1,8 +1,9 @@
 """Train the starter Stable Diffusion: tokenizer, text encoder and UNet on the VAE's latents.
 
-v-prediction (Salimans & Ho 2022) with min-SNR loss weights (Hang et al. 2023), the prompt
-dropped in a tenth of the samples for classifier-free guidance (Ho & Salimans 2022), and a moving
-average of the weights, which is what is saved. Resumes from its own checkpoint.
+v-prediction (Salimans & Ho 2022), every timestep weighing the same: weights that favour little noise
+(min-SNR) slow down what the prompt decides, which emoji it is. The prompt is dropped in a tenth of
+the samples for classifier-free guidance (Ho & Salimans 2022); a moving average of the weights is what
+is saved. Resumes from its own checkpoint, or else from the weights in the output folder.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -100,9 +102,10 @@ def build(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DConditionModel
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, emoji: list[data.Emoji]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every picture's latents, each (N, 4, 16, 16), scaled."""
-    pixels = torch.from_numpy(np.stack([e.rgb() for e in emoji])).permute(0, 3, 1, 2).float() / 127.5 - 1
+def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every picture's latents, each (N, 4, 16, 16), scaled.
+    `pictures` is uint8, (N, 64, 64, 3)."""
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     posteriors = [vae.encode(part.to(vae.device)).latent_dist for part in pixels.split(64)]
     scale = vae.config.scaling_factor
     return torch.cat([p.mean for p in posteriors]) * scale, torch.cat([p.std for p in posteriors]) * scale
@@ -141,13 +144,19 @@ def main() -> None:
     rng = random.Random(0)
     emoji = data.load()
     vae = AutoencoderKL.from_pretrained(args.out / "vae", torch_dtype=torch.float32).to(device)
-    mean, std = encode_pictures(vae, emoji)
+    mean, std = encode_pictures(vae, np.stack([e.rgb() for e in emoji]))
     if (args.out / "tokenizer").exists():
         tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     else:
         tokenizer = train_tokenizer([t.format(e.name) for e in emoji for t in set(TEMPLATES)] + [k for e in emoji for k in e.keywords])
     text_encoder, unet = build(tokenizer)
-    learner = nn.ModuleList([text_encoder, unet]).to(device)
+    if not args.work.exists() and (args.out / "unet").exists():
+        text_encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(args.out / "unet", torch_dtype=torch.float32)
+    learner = nn.ModuleList([text_encoder, unet]).to(device).train()
+    if device == "cpu":  # the fused attention's backward pass is slow there for so few tokens
+        unet.set_attn_processor(AttnProcessor())
+        text_encoder.set_attn_implementation("eager")
     unet.to(memory_format=torch.channels_last)
     average = copy.deepcopy(learner).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -162,8 +171,6 @@ def main() -> None:
     print("M parameters: vae {:.2f}, text encoder {:.2f}, unet {:.2f}".format(*sizes), len(tokenizer), "tokens", flush=True)
 
     noise_schedule = DDPMScheduler(**NOISE)
-    snr = (noise_schedule.alphas_cumprod / (1 - noise_schedule.alphas_cumprod)).to(device)
-    weight = snr.clamp(max=5) / (snr + 1)
 
     def checkpoint() -> None:
         state = {"learner": learner.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
@@ -190,7 +197,7 @@ def main() -> None:
         target = noise_schedule.get_velocity(latents, noise, t)
         with torch.autocast(device, torch.bfloat16):
             v = unet(noisy, t, text_encoder(ids).last_hidden_state).sample
-        loss = (weight[t] * (v.float() - target).square().mean((1, 2, 3))).mean()
+        loss = (v.float() - target).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
