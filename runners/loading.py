@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> 
 def explain(entry: Entry, error: BaseException) -> Problem:
     """What kept `entry` from being had, and what the person who runs the service can do."""
     source = entry.model.source or entry.id
+    # diffusers answers every refusal with "not cached locally"; what the hub really said stands behind it.
+    error = next((e for e in _chain(error) if isinstance(e, (HfHubHTTPError, Problem)) or getattr(e, "errno", None) == errno.ENOSPC), error)
     if isinstance(error, Problem):
         return error
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -137,8 +140,15 @@ def explain(entry: Entry, error: BaseException) -> Problem:
     return unavailable(f"{entry.id} cannot be loaded from {source}: {first_line}", slug="model-broken")
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what caused it, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _is_network(error: BaseException) -> bool:
-    names = {cls.__name__ for e in (error, error.__cause__, error.__context__) if e for cls in type(e).__mro__}
+    names = {cls.__name__ for e in _chain(error) for cls in type(e).__mro__}
     return bool(names & {"ConnectError", "ConnectTimeout", "TransportError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"})
 
 
