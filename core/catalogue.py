@@ -89,6 +89,7 @@ class Entry:
             "guidance_scale": {"default": self.guidance, "min": 0, "max": 30},
             "count_returned": {"default": 1, "min": 1, "max": limits.count_returned},
             "schedulers": schedulers.names(t.flow),
+            "img2img": {"schedulers": schedulers.names(t.flow, image_to_image=True), "strength": {"default": 0.75, "above": 0, "max": 1}},
             "torch_dtypes": ["float16", "bfloat16", "float32"],
             "negative_prompt": t.negative_prompt,
             "prompt_weights": t.prompt_weights,
@@ -169,7 +170,7 @@ class Catalogue:
         for name, value in (("width", width), ("height", height)):
             if value % traits.multiple or not traits.min_size <= value <= entry.max_size:
                 refuse(name, f"does not fit {entry.id}", f"{traits.min_size} to {entry.max_size}, a multiple of {traits.multiple}", value)
-        scheduler = schedulers.find(request.scheduler, traits.flow).name if request.scheduler else None
+        scheduler = schedulers.find(request.scheduler, traits.flow, image is not None).name if request.scheduler else None
         if errors:
             raise invalid(errors)
 

@@ -20,7 +20,7 @@ import torch
 from core import __version__, schedulers
 from core.generation import Generation, Pixels, Plan, Ran, Timing
 from core.images import to_pil
-from core.problems import Problem
+from core.problems import Problem, invalid_field, problem
 from core.schedulers import Scheduler
 from core.settings import Family
 from runners import prompts
@@ -121,13 +121,15 @@ def make_scheduler(resident: Resident, name: str | None) -> tuple[Any, Scheduler
     own = resident.scheduler
     if name is None:
         return type(own).from_config(own.config), _describe(own)
-    wanted = schedulers.find(name, resident.entry.traits.flow)
+    flow = resident.entry.traits.flow
+    wanted = schedulers.find(name, flow)
     cls = getattr(diffusers, wanted.class_name)
+    if flow and "use_flow_sigmas" in wanted.config and not own.config.get("use_dynamic_shifting"):
+        raise invalid_field("scheduler", f"{wanted.name} needs a model with dynamic shifting", schedulers.names(flow, image_to_image=True), name)
     # The model's file may choose sigmas of its own; a named scheduler means just what it says.
-    plain = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+    plain = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False}
     accepted = set(inspect.signature(cls.__init__).parameters)
-    config = {k: v for k, v in {**plain, **wanted.config}.items() if k in accepted}
-    return cls.from_config(own.config, **config), wanted
+    return cls.from_config(own.config, **{**{k: v for k, v in plain.items() if k in accepted}, **wanted.config}), wanted
 
 
 def _describe(scheduler: Any) -> Scheduler:
@@ -145,9 +147,14 @@ def _describe(scheduler: Any) -> Scheduler:
 
 
 def _to_pixels(array: np.ndarray[Any, Any]) -> Pixels:
-    """(H, W, 3) floats in 0..1 to 8 bits."""
+    """(H, W, 3) floats in 0..1 to 8 bits.
+
+    Raises:
+        Problem: 422 where there are numbers that are none: a black picture would hide it.
+    """
     if not np.isfinite(array).all():
-        array = np.nan_to_num(array)
+        detail = "The numbers overflowed. Ask for another scheduler, a lower guidance_scale, or torch_dtype float32 or bfloat16."
+        raise problem(422, "overflow", "Overflow", detail)
     height, width, _ = array.shape
     return Pixels(width=width, height=height, data=(array * 255).round().astype(np.uint8).tobytes())
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from api import reading
 from core import schedulers
@@ -15,7 +18,7 @@ from core.catalogue import FAMILIES, Catalogue, Entry
 from core.generation import Generation, Pixels
 from core.problems import Problem
 from core.settings import Model, Models, Settings
-from runners import loading, prompts
+from runners import denoise, loading, prompts
 from runners.device import Device
 
 PICTURE = Pixels(width=64, height=48, data=(bytes(range(256)) * 40)[: 64 * 48 * 3])
@@ -25,11 +28,12 @@ SMALL = ("sd15", "sd2", "sdxl", "flux")
 @pytest.fixture(scope="module")
 def device(miniatures: dict[str, Path]) -> Iterator[Device]:
     entries = [Model(id=f, family=f, source=str(p)) for f, p in miniatures.items()]
+    before = torch.get_num_threads()
     settings = Settings(models=Models(default="sd15", catalogue=entries, cpu_threads=1))
     made = Device(settings, Catalogue(settings))
     yield made
     made.queue.close()
-    torch.set_num_threads(2)
+    torch.set_num_threads(before)
 
 
 def draw(device: Device, model: str, image: Pixels | None = None, **values: object) -> Generation:
@@ -52,11 +56,52 @@ def test_text_and_picture_to_picture(device: Device, model: str) -> None:
 
 @pytest.mark.parametrize("model", SMALL)
 def test_every_scheduler_on_offer_draws(device: Device, model: str) -> None:
-    for name in schedulers.names(FAMILIES[model].flow):
-        for image in (None, PICTURE):
-            ran = draw(device, model, image, scheduler=name, num_inference_steps=6)
+    flow = FAMILIES[model].flow
+    for image in (None, PICTURE):
+        for name in schedulers.names(flow, image is not None):
+            found = schedulers.find(name, flow)
+            if found.schedule and found.sampler not in ("Euler", "DPM++ 2M SDE", "LMS") and (model == "sdxl" or image):
+                continue  # the plain sampler and three with all their schedules stand for the others
+            ran = draw(device, model, image, scheduler=name, num_inference_steps=4)
             assert len(set(ran.pictures[0].data)) > 3, (name, image is not None)
             assert f"{ran.ran.scheduler} {ran.ran.schedule or ''}".strip() == name
+
+
+def test_a_flow_solver_that_cannot_start_from_a_picture_is_refused(device: Device) -> None:
+    with pytest.raises(Problem, match="cannot start from a picture") as caught:
+        draw(device, "flux", PICTURE, scheduler="UniPC")
+    assert caught.value.details.status == 422
+    assert "UniPC" not in caught.value.details.errors[0].allowed
+
+
+def test_a_flow_solver_that_the_models_shift_does_not_fit_is_refused(device: Device) -> None:
+    entry = device.catalogue.find("flux")
+    resident = device.residency.acquire(entry, device.fetch(entry), torch.float32)
+    fixed = type(resident.scheduler).from_config(resident.scheduler.config, use_dynamic_shifting=False)
+    with pytest.raises(Problem, match="dynamic shifting"):
+        denoise.make_scheduler(replace(resident, scheduler=fixed), "DPM++ 2M")
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "PLMS", "DPM++ 2M", "DPM++ 2M SDE Heun", "UniPC"])
+def test_a_named_scheduler_does_not_depend_on_the_models_own_choice(device: Device, name: str) -> None:
+    entry = device.catalogue.find("sd15")
+    resident = device.residency.acquire(entry, device.fetch(entry), torch.float32)
+    noise = {k: resident.scheduler.config[k] for k in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}
+    owns = [EulerDiscreteScheduler(**noise, use_karras_sigmas=True), DPMSolverMultistepScheduler(**noise, solver_order=3, solver_type="heun", use_lu_lambdas=True)]
+    first, second = (denoise.make_scheduler(replace(resident, scheduler=own), name)[0] for own in owns)
+    takes = set(inspect.signature(type(first).__init__).parameters)
+    assert {k: v for k, v in first.config.items() if k in takes} == {k: v for k, v in second.config.items() if k in takes}
+    assert "clip_sample" not in takes or not first.config.clip_sample
+
+
+def test_numbers_that_overflow_are_told_and_not_drawn_black(device: Device) -> None:
+    entry = device.catalogue.find("sd15")
+    vae = device.residency.acquire(entry, device.fetch(entry), torch.float32).txt2img.vae
+    hook = vae.decoder.register_forward_hook(lambda _module, _args, out: out * float("nan"))
+    with pytest.raises(Problem, match="float32"):
+        draw(device, "sd15")
+    hook.remove()
+    assert draw(device, "sd15").pictures
 
 
 @pytest.mark.parametrize("model", ["sd15", "sd2", "sdxl"])

@@ -93,11 +93,27 @@ def test_dtype_names_of_torch_and_short_ones_are_taken() -> None:
         ("DDIM", "DDIMScheduler", None), ("UniPC", "UniPCMultistepScheduler", None), ("LCM", "LCMScheduler", None), ("PLMS", "PNDMScheduler", None),
         ("heun", "HeunDiscreteScheduler", None), ("LMS Karras", "LMSDiscreteScheduler", "Karras"), ("DPM++ SDE", "DPMSolverSinglestepScheduler", None),
         ("DPM2 a", "KDPM2AncestralDiscreteScheduler", None), ("EulerAncestralDiscreteScheduler", "EulerAncestralDiscreteScheduler", None),
+        ("Euler A", "EulerAncestralDiscreteScheduler", None), ("DPM++ 3M SDE Exponential", "DPMSolverMultistepScheduler", "Exponential"), ("dpmpp_3m_sde_gpu", "DPMSolverMultistepScheduler", None),
+        ("euler sgm_uniform", "EulerDiscreteScheduler", "SGM Uniform"), ("Euler Simple", "EulerDiscreteScheduler", "Simple"), ("Euler Normal", "EulerDiscreteScheduler", "Uniform"),
+        ("dpmpp_2m ddim_uniform", "DPMSolverMultistepScheduler", "DDIM"), ("DPM++ 2M Automatic", "DPMSolverMultistepScheduler", "Karras"), ("Euler a Automatic", "EulerAncestralDiscreteScheduler", None),
+        ("uni_pc_bh2", "UniPCMultistepScheduler", None), ("sa_solver", "SASolverScheduler", None), ("DDPMScheduler", "DDPMScheduler", None), ("k_dpm_2_a", "KDPM2AncestralDiscreteScheduler", None),
     ],
 )  # fmt: skip
 def test_scheduler_names_of_every_dialect_are_known(name: str, class_name: str, schedule: str | None) -> None:
     found = schedulers.find(name)
     assert (found.class_name, found.schedule) == (class_name, schedule)
+
+
+@pytest.mark.parametrize("name", ["DPM++ 2S a", "DPM++ 2S a Karras", "dpmpp_2s_ancestral", "DPM fast", "DPM adaptive", "Restart", "ipndm", "DPMSolverSDEScheduler", "EDMEulerScheduler"])
+def test_a_sampler_that_diffusers_has_not_is_refused_with_a_near_one(name: str) -> None:
+    with pytest.raises(Problem, match="is the nearest") as caught:
+        schedulers.find(name)
+    assert "Euler a" in caught.value.details.errors[0].allowed
+
+
+def test_a_class_name_means_the_class_as_it_comes() -> None:
+    assert schedulers.find("DPMSolverSinglestepScheduler").name == "DPM++ 2S"
+    assert schedulers.find("DPMSolverMultistepScheduler").name == "DPM++ 2M"
 
 
 def test_an_unlisted_model_needs_the_setting_and_is_never_a_path() -> None:
