@@ -10,14 +10,21 @@ from typing import Any
 
 import bentoml
 from bentoml._internal.resource import system_resources
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
+from yaml import YAMLError
 
 from api import app, gate, typed
 from core import settings
-from core.auth import Keys
+from core.auth import Keys, NoKeys
 from core.draining import Draining
 from runners.diffusion import DiffusionRunner
 
-configured = settings.load()
+try:
+    configured = settings.load()
+    keys = Keys(configured, settings.secrets())
+except (NoKeys, FileNotFoundError, ValidationError, SettingsError, YAMLError) as error:
+    raise SystemExit(f"Easel cannot start. {error}") from None
 http = app.build(configured)
 draining = Draining(configured.server.grace_s, linger_s=1.0)
 # BentoML's own timeout leaves work running behind it; ours (deadline_s) ends it, and comes first.
@@ -53,6 +60,6 @@ class ImageGeneration(typed.TypedApis):
         draining.install()
 
 
-door: dict[str, Any] = {"settings": configured, "keys": Keys(configured, settings.secrets()), "http": http, "draining": draining}
+door: dict[str, Any] = {"settings": configured, "keys": keys, "http": http, "draining": draining}
 StableDiffusion.add_asgi_middleware(gate.Gate, **door)
 ImageGeneration.add_asgi_middleware(gate.Gate, **door)

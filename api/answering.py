@@ -132,6 +132,7 @@ def describe(ran: Ran, seeds: list[int]) -> dict[str, str]:
     headers = {
         "X-Easel-Seeds": ",".join(map(str, seeds)),
         "X-Easel-Model": ran.model_id,
+        "X-Easel-Model-Sha256": ran.model_sha256,
         "X-Easel-Scheduler": f"{ran.scheduler} {ran.schedule}" if ran.schedule else ran.scheduler,
         "X-Easel-Size": f"{ran.width}x{ran.height}",
         "X-Easel-Dtype": ran.torch_dtype,

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 from api import backend
 from core.catalogue import Catalogue
 from core.generation import RunnerStatus
+from core.problems import invalid_field, nearest
 from core.settings import Settings
 
 router = APIRouter(tags=["models"])
@@ -56,6 +57,12 @@ async def buffer_status() -> RunnerStatus:
 
 
 @router.post("/admin/unload")
-async def unload(model_id: Annotated[str, Query(max_length=300)] = "") -> dict[str, int]:
+async def unload(request: Request, model_id: Annotated[str, Query(max_length=300)] = "") -> dict[str, int]:
     """Unload a model, or all, once the work in hand is done (admin key)."""
+    catalogue: Catalogue = request.app.state.catalogue
+    for name in request.query_params:
+        if name != "model_id":  # passing over a misspelt one would unload every model
+            raise invalid_field(name[:80], f"unknown parameter{nearest(name, ['model_id'])}", ["model_id"])
+    if model_id:
+        catalogue.find(model_id)
     return {"unloaded": await backend.unload(model_id)}

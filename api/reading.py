@@ -102,9 +102,16 @@ def _plain(text: str) -> str | None:
     return text
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each of its names once."""
+    values: dict[str, Any] = {}
+    _take(values, pairs)
+    return values
+
+
 async def _read_json(request: Request) -> dict[str, Any]:
     try:
-        body = json.loads(await request.body(), parse_constant=float)
+        body = json.loads(await request.body(), parse_constant=float, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         raise problem(400, "bad-json", "Malformed JSON", "The body is not JSON.") from None
     if not isinstance(body, dict):

@@ -45,10 +45,19 @@ class GenerationRequest(BaseModel):
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def no_control_characters(cls, text: str) -> str:
+        if "\ufffd" in text:  # what decoders put where the bytes were no UTF-8
+            raise ValueError("is not whole UTF-8 text (it has U+FFFD)")
         for character in text:
             if (ord(character) < 32 and character not in "\n\r\t") or ord(character) == 127 or 0xD800 <= ord(character) < 0xE000:
                 raise ValueError(f"has the control character U+{ord(character):04X}; only tab and line breaks are allowed")
         return text
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def numbers_are_no_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("must not be true or false")
+        return value
 
     @field_validator("torch_dtype", mode="before")
     @classmethod
@@ -108,9 +117,11 @@ class Timing(BaseModel):
 
 
 class Ran(BaseModel):
-    """The truth about what ran, for headers, metadata and JSON answers."""
+    """The truth about what ran, for headers, metadata and JSON answers. `model_sha256` is the weights
+    file's; of a folder, the UNet's or transformer's."""
 
     model_id: str
+    model_sha256: str
     family: str
     scheduler: str
     schedule: str | None

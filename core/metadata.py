@@ -26,6 +26,7 @@ def parameters(ran: Ran, seed: int) -> str:
         "CFG scale": f"{ran.guidance_scale:g}",
         "Seed": seed,
         "Size": f"{ran.width}x{ran.height}",
+        "Model hash": ran.model_sha256[:10],
         "Model": ran.model_id,
         "Clip skip": ran.clip_skip + 1 if ran.clip_skip else None,
         "Denoising strength": None if ran.strength is None else f"{ran.strength:g}",

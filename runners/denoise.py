@@ -82,6 +82,7 @@ def generate(resident: Resident, plan: Plan, check: Check, max_batch: int, timin
     batches = math.ceil(len(plan.seeds) / max_batch)
     ran = Ran(
         model_id=resident.entry.id,
+        model_sha256=resident.sha256,
         family=family,
         scheduler=named.sampler,
         schedule=named.schedule,

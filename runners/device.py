@@ -16,7 +16,7 @@ from core import problems
 from core.catalogue import Catalogue, Entry
 from core.generation import Generation, Plan, Timing
 from core.settings import Settings, secrets
-from runners import denoise, loading
+from runners import denoise, loading, weights
 from runners.queue import DeviceQueue, Job
 from runners.residency import Residency
 
@@ -34,13 +34,18 @@ class Device:
         self.queue = DeviceQueue(self.residency.sweep, settings.queue.limit, settings.queue.per_key)
 
     def fetch(self, entry: Entry) -> Path:
-        """Make a model's files local (no device needed; any thread).
+        """Make a model's files local, and hash them so that loading need not (no device needed; any thread).
 
         Raises:
             Problem: 503 that says what stands in the way.
         """
         try:
-            return loading.fetch(entry, secrets().hf_token.get_secret_value())
+            path = loading.fetch(entry, secrets().hf_token.get_secret_value())
+            try:
+                weights.sha256(path, entry.model.variant)
+            except OSError as error:
+                raise loading.explain(entry, error) from error
+            return path
         except problems.Problem as problem:
             self.residency.note(entry.id, "failed", problem.details.detail)
             raise
@@ -66,7 +71,9 @@ class Device:
         try:
             plan = plan.model_copy(update={"notes": [*plan.notes, *notes]})
             return denoise.generate(resident, plan, job.check, self.settings.models.max_batch, timing)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # a CPU's way to say it
+                raise
             detail = f"{plan.width}x{plan.height} needs more memory than {self.torch_device} has free. Ask for a smaller size."
             raise problems.problem(507, "out-of-memory", "Out of memory", detail) from None
         finally:

@@ -25,7 +25,7 @@ from core import problems
 from core.catalogue import Entry
 from core.generation import ResidentModel
 from core.settings import Models
-from runners import loading
+from runners import loading, weights
 
 log = logging.getLogger("easel.residency")
 Load = Callable[[Entry, Path, torch.dtype, torch.device], DiffusionPipeline]
@@ -33,7 +33,8 @@ Load = Callable[[Entry, Path, torch.dtype, torch.device], DiffusionPipeline]
 
 @dataclass
 class Resident:
-    """A model in memory: its two pipelines share all components. `scheduler` is the model's own."""
+    """A model in memory: its two pipelines share all components. `scheduler` is the model's own,
+    `sha256` its weights'."""
 
     entry: Entry
     dtype: torch.dtype
@@ -43,6 +44,7 @@ class Resident:
     bytes: int
     used: float
     load_s: float
+    sha256: str
 
 
 class Residency:
@@ -74,10 +76,11 @@ class Residency:
         self.note(entry.id, "loading")
         try:
             resident = self._bring_in(entry, path, dtype)
-        except problems.Problem as problem:
+        except Exception as error:
+            problem = loading.explain(entry, error)
             self.note(entry.id, "failed", problem.details.detail)
             release_memory(self.device)
-            raise
+            raise problem from error
         with self._lock:
             self._residents[key] = resident
             self._states.pop(entry.id, None)
@@ -86,7 +89,7 @@ class Residency:
         return resident
 
     def _bring_in(self, entry: Entry, path: Path, dtype: torch.dtype) -> Resident:
-        estimate = _weights_on_disk(path, dtype)
+        estimate = weights.size_in_memory(path, entry.model.variant, dtype)
         if estimate > self.budget:
             raise problems.unavailable(
                 f"{entry.id} needs about {estimate >> 20} MiB; models.memory_budget_bytes allows {self.budget >> 20} MiB.",
@@ -99,7 +102,7 @@ class Residency:
         img2img.set_progress_bar_config(disable=True)
         measured = (_allocated(self.device) - before) if self.device.type == "cuda" else _tensor_bytes(txt2img)
         now = time.monotonic()
-        return Resident(entry, dtype, txt2img.scheduler, txt2img, img2img, measured, now, now - started)
+        return Resident(entry, dtype, txt2img.scheduler, txt2img, img2img, measured, now, now - started, weights.sha256(path, entry.model.variant))
 
     def sweep(self) -> None:
         """Unload what has been idle for its timeout."""
@@ -200,9 +203,3 @@ def _allocated(device: torch.device) -> int:
 def _tensor_bytes(pipeline: DiffusionPipeline) -> int:
     modules = [c for c in pipeline.components.values() if isinstance(c, torch.nn.Module)]
     return sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
-
-
-def _weights_on_disk(path: Path, dtype: torch.dtype) -> int:
-    """What loading will take: the weights' size, doubled where float16 files become float32."""
-    files = [path] if path.is_file() else list(path.rglob("*.safetensors"))
-    return sum(f.stat().st_size for f in files) * (2 if dtype == torch.float32 else 1)

@@ -14,17 +14,26 @@ from tests.test_images import png_bomb, saved
 
 pytestmark = pytest.mark.http
 
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
 PICTURES = {
     "cmyk": saved(Image.new("CMYK", (40, 30), (0, 200, 200, 0)), "JPEG"),
     "alpha": saved(Image.new("RGBA", (40, 30), (255, 0, 0, 90)), "PNG"),
     "palette": saved(Image.new("P", (40, 30)), "GIF"),
     "16-bit": saved(Image.new("I;16", (40, 30), 30000), "PNG"),
     "animated": saved(Image.new("RGB", (40, 30)), "GIF", save_all=True, append_images=[Image.new("RGB", (40, 30), "red")]),
+    "turned by EXIF": saved(Image.new("RGB", (40, 30)), "JPEG", exif=turned().tobytes()),
     "tiff": saved(Image.new("RGB", (40, 30)), "TIFF"),
 }
 REFUSED = {
     "empty": (b"", 422),
     "truncated": (jpeg()[:400], 422),
+    "no pixels": (png_bomb(0), 422),
     "bomb": (png_bomb(60_000), 413),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'><rect/></svg>", 415),
     "html": (b"<html></html>", 415),
@@ -74,6 +83,9 @@ def test_files_under_unknown_names_or_twice_are_refused(server: Server) -> None:
     [
         (b"{", "application/json", 400),
         (b"[]", "application/json", 400),
+        (b'{"prompt": "x", "prompt": "y"}', "application/json", 422),
+        (b'{"prompt": "x", "seed": true}', "application/json", 422),
+        (b'{"prompt": "x", "width": {"a": [1]}}', "application/json", 422),
         (b"\xff\xfe", "application/json", 400),
         (b"[" * 100_000, "application/json", 400),
         (json.dumps({"prompt": "x", "guidance_scale": float("nan")}).encode(), "application/json", 422),
@@ -93,7 +105,24 @@ def test_parameters_in_the_query_are_checked(server: Server) -> None:
         errors = problem(server.post("/post_config", params=params), 422)["errors"]
         assert [e["field"] for e in errors] == [field]
     problem(server.post("/post_config?prompt=a&prompt=b"), 422)
+    problem(server.post("/post_config?prompt=%ff%fe"), 422)
+    problem(server.post("/post_config?prompt=x&%00=1"), 422)
+    problem(server.post("/post_config?prompt=" + "x" * 50_000), 422)
     problem(server.post("/post_config", json={"prompt": "x" * 100_000}), 422)
+
+
+@pytest.mark.parametrize("route", ["/post_config", "/txt2img"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", ""), ("prompt", "x" * 100_000), ("prompt", "a\x1bb"), ("guidance_scale", float("inf")), ("guidance_scale", -1), ("num_inference_steps", -5),
+        ("num_inference_steps", 10**30), ("num_inference_steps", "many"), ("width", 2**40), ("scheduler", "Restart"), ("model_id", "nobody/nothing"), ("promt", "x"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_named_on_every_route(server: Server, route: str, field: str, value: object) -> None:
+    body = json.dumps({"prompt": "x", field: value}).encode()
+    errors = problem(server.post(route, data=body, headers={"Content-Type": "application/json"}), 422)["errors"]
+    assert [e["field"] for e in errors] == [field]
 
 
 def test_a_body_that_never_says_its_length_is_still_bounded(server: Server) -> None:

@@ -121,6 +121,19 @@ def test_clip_skip_is_an_earlier_layers_output(device: Device, model: str) -> No
     assert torch.allclose(ours, torch.cat(each, dim=-1), atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["sd15", "sd2", "sdxl"])
+def test_a_plain_prompt_embeds_as_the_pipeline_itself_does(device: Device, model: str) -> None:
+    entry = device.catalogue.find(model)
+    pipe = device.residency.acquire(entry, device.fetch(entry), torch.float32).txt2img
+    plan = device.catalogue.plan(reading.parse({"prompt": "a red apple, on a table", "negative_prompt": "blue", "model_id": model}), None, "test")
+    ours = prompts.embed(pipe, entry.model.family, plan).arguments
+    with torch.no_grad():
+        theirs = pipe.encode_prompt(prompt=plan.prompt, negative_prompt=plan.negative_prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    for name, value in zip(names, theirs, strict=False):
+        assert torch.allclose(ours[name], value, atol=1e-5), name
+
+
 def test_flux_tells_which_prompt_parts_it_cannot_read(device: Device) -> None:
     ran = draw(device, "flux", prompt="x " * 600 + "(y:1.3)").ran
     assert ran.prompt_tokens > 600

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import bentoml
 import pytest
 import requests
 from PIL import Image
 
+from core.settings import ROOT
 from tests.conftest import ADMIN, USER, Server, wait_for
 
 pytestmark = pytest.mark.http
@@ -114,9 +117,12 @@ def test_pictures_carry_a1111_parameters_and_a_json_record(server: Server) -> No
     info = picture(server.post("/post_config", params=params)).info
     first, negative, last = info["parameters"].split("\n")
     assert (first, negative) == ("red apple, shiny", "Negative prompt: blue")
-    assert last.startswith("Steps: 4, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5, Seed: 7, Size: 64x64, Model: starter/stable-diffusion")
+    assert last.startswith("Steps: 4, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5, Seed: 7, Size: 64x64, Model hash: ")
+    sha256 = hashlib.sha256((ROOT / "starter/stable-diffusion/unet/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert f"Model hash: {sha256[:10]}, Model: starter/stable-diffusion, Version: easel " in last
     record = json.loads(info["easel"])
     assert record["seed"] == 7
+    assert record["model_sha256"] == sha256
     assert record["libraries"]["diffusers"]
     for format in ("jpeg", "webp"):
         exif = picture(server.post("/post_config", params={**params, "format": format})).getexif().get_ifd(0x8769)
@@ -143,6 +149,23 @@ def test_a_key_works_in_either_header_and_roles_hold(server: Server) -> None:
     assert server.get("/capabilities", key=ADMIN).ok
     problem(server.post("/admin/unload", key=USER), 403)
     assert server.post("/admin/unload", key=ADMIN).ok
+
+
+def test_a_misspelt_unload_unloads_nothing(server: Server) -> None:
+    server.post("/post_config", params={"prompt": "x", **FAST})
+    assert "model_id" in problem(server.post("/admin/unload", key=ADMIN, params={"modelid": "starter/stable-diffusion"}), 422)["detail"]
+    problem(server.post("/admin/unload", key=ADMIN, params={"model_id": "starter"}), 422)
+    states = {m["model_id"]: m["state"] for m in server.get("/buffer_status").json()["models"]}
+    assert states["starter/stable-diffusion"] == "warm"
+
+
+def test_concurrent_requests_of_any_size_and_scheduler_do_not_mix(server: Server) -> None:
+    wanted = [("red apple", 64, "Euler a"), ("cat", 96, "DPM++ 2M"), ("pizza", 128, "Heun"), ("blue heart", 32, "DDIM")]
+    params = [{"prompt": p, "width": w, "scheduler": s, **FAST} for p, w, s in wanted]
+    alone = [server.post("/post_config", params=p).content for p in params]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda p: server.post("/post_config", params=p).content, params * 2))
+    assert together == alone * 2
 
 
 def test_internal_routes_are_not_served(server: Server) -> None:

@@ -71,7 +71,17 @@ def test_the_runner_alone_serves_the_same_contract(tmp_path: Path) -> None:
 def test_without_keys_it_does_not_start(tmp_path: Path) -> None:
     with serving(tmp_path, ONE_MODEL, env={"API_KEY": "", "ADMIN_API_KEY": ""}, ready=False) as server:
         assert server.process.wait(60) != 0
-        assert "No API key is configured" in server.log.read_text()
+        log = server.log.read_text()
+        assert "No API key is configured" in log
+        assert "Traceback" not in log
+
+
+def test_a_wrong_setting_is_told_in_a_few_lines(tmp_path: Path) -> None:
+    with serving(tmp_path, {"queue": {"limit": "many"}}, ready=False) as server:
+        assert server.process.wait(60) != 0
+        log = server.log.read_text()
+        assert "queue.limit" in log
+        assert "Traceback" not in log
 
 
 def test_auth_off_serves_loopback(tmp_path: Path) -> None:

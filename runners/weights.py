@@ -1,0 +1,72 @@
+"""A model's weight files: which of them are read, what they take in memory, and their SHA-256.
+
+runners.loading asks for the hash beside the queue, runners.residency for the bytes before it makes
+room. Only headers are read for the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import struct
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+_DENOISERS = ("unet", "transformer")
+_NOT_LOADED = ("safety_checker",)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def files(path: Path, variant: str | None) -> list[Path]:
+    """The safetensors files that loading `path` reads: the single file, or each component's in the
+    wanted variant ("fp16"), in its plain one where there is no such variant."""
+    if path.is_file():
+        return [path]
+    found = []
+    for folder in sorted({f.parent for f in path.glob("*/*.safetensors")}):
+        if folder.name not in _NOT_LOADED:
+            every = sorted(folder.glob("*.safetensors"))
+            wanted = [f for f in every if variant and f".{variant}" in f.name]
+            found += wanted or [f for f in every if f.name.count(".") == 1] or every
+    return found
+
+
+def size_in_memory(path: Path, variant: str | None, dtype: torch.dtype) -> int:
+    """Bytes that the weights take once loaded as `dtype`, by the files' headers."""
+    return sum(_numbers(f) for f in files(path, variant)) * dtype.itemsize
+
+
+def _numbers(file: Path) -> int:
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length))
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (struct.error, ValueError, KeyError, OverflowError, MemoryError):  # broken: loading will say so
+        return 0
+
+
+def sha256(path: Path, variant: str | None) -> str:
+    """The SHA-256 that stands for the model: of the single file, or of the denoiser's (UNet or
+    transformer) file in a folder; where that is in several shards, of their hashes, one a line.
+
+    Computed once for each file as it is; what the hub's cache has named by its hash is not read again.
+    """
+    every = files(path, variant)
+    chosen = [f for f in every if f.parent.name in _DENOISERS] if path.is_dir() else every
+    hashes = []
+    for file in chosen:
+        blob = file.resolve()
+        stat = blob.stat()
+        hashes.append(blob.name if _SHA256.fullmatch(blob.name) else _hash(blob, stat.st_mtime_ns, stat.st_size))
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _hash(file: Path, _modified: int, _size: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
