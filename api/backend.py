@@ -22,6 +22,7 @@ log = logging.getLogger("easel.api")
 T = TypeVar("T")
 PROBE_EVERY_S = 2.0
 PROBE_TIMEOUT_S = 3.0
+PROBES_MISSED = 2  # a machine under load may be late once; a dead runner stays so
 ATTEMPTS = 2
 
 
@@ -84,6 +85,7 @@ async def generate(plan: Plan, request: Request | None) -> Generation:
 async def _watched(target: Runner, plan: Plan, gone: asyncio.Future[None]) -> Generation:
     """The runner's answer, as long as the client stays and the runner lives."""
     work: asyncio.Future[Generation] = asyncio.ensure_future(_submit(target, plan))
+    missed = 0
     try:
         while True:
             waiting: set[asyncio.Future[Any]] = {work, gone}
@@ -93,7 +95,13 @@ async def _watched(target: Runner, plan: Plan, gone: asyncio.Future[None]) -> Ge
             if gone.done():
                 await _answer(lambda: target.cancel(plan.id))
                 raise cancelled()
-            await _answer(target.status)
+            try:
+                await _answer(target.status)
+                missed = 0
+            except Problem:
+                missed += 1
+                if missed == PROBES_MISSED:
+                    raise
         return work.result()
     finally:
         if not work.done():

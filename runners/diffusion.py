@@ -37,6 +37,7 @@ class DiffusionRunner:
         self.catalogue = Catalogue(settings)
         self.device: Device = Device(settings, self.catalogue)
         self._fetching: dict[str, asyncio.Task[Path]] = {}
+        self._preparing: dict[str, asyncio.Task[Path]] = {}
         self._cold = set(settings.models.warm_up)
 
     @bentoml.on_startup
@@ -54,7 +55,7 @@ class DiffusionRunner:
         """Draw a plan's pictures; a problem comes back as data, so that it keeps its shape."""
         self.draining.in_hand += 1
         try:
-            path = await asyncio.wait_for(self._local(self.catalogue.find(plan.model_id)), plan.deadline_s)
+            path = await self._prepared(plan)
             return await asyncio.wrap_future(self.device.submit(plan, path))
         except problems.Problem as problem:
             return Generation(problem=problem.details)
@@ -70,7 +71,9 @@ class DiffusionRunner:
 
     @bentoml.api(route="/internal/cancel")
     async def cancel(self, plan_id: str) -> bool:
-        """Stop a plan, waiting or at its next step; False where it is unknown or done."""
+        """Stop a plan, waiting (for its model's files or its turn) or at its next step; False where it is unknown or done."""
+        if waiting := self._preparing.get(plan_id):
+            return waiting.cancel()
         return self.device.queue.cancel(plan_id)
 
     @bentoml.api(route="/internal/unload")
@@ -92,6 +95,26 @@ class DiffusionRunner:
             models=residency.snapshot(list(self.catalogue.entries.values())),
             queue=self.device.queue.status(),
         )
+
+    async def _prepared(self, plan: Plan) -> Path:
+        """The local path of a plan's model.
+
+        Raises:
+            Problem: what stands in the way; 499 where the plan is cancelled meanwhile.
+            TimeoutError: at the plan's deadline.
+        """
+        waiting = asyncio.create_task(self._local(self.catalogue.find(plan.model_id)))
+        self._preparing[plan.id] = waiting
+        try:
+            done, _ = await asyncio.wait([waiting], timeout=plan.deadline_s)
+            if not done:
+                waiting.cancel()
+                raise TimeoutError
+            if waiting.cancelled():
+                raise problems.cancelled()
+            return waiting.result()
+        finally:
+            del self._preparing[plan.id]
 
     async def _local(self, entry: Entry) -> Path:
         """The model's local path; fetched once, however many ask, and without holding the device."""

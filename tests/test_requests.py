@@ -59,7 +59,7 @@ def test_every_wrong_field_is_named_at_once() -> None:
 
 def test_what_a_model_cannot_honour_is_refused() -> None:
     assert set(refusal(model_id="flux", negative_prompt="blue", clip_skip=2)) == {"negative_prompt", "clip_skip"}
-    assert "flow-matching" in refusal(model_id="flux", scheduler="DPM++ 2M")["scheduler"]
+    assert "flow-matching" in refusal(model_id="flux", scheduler="DPM++ SDE")["scheduler"]
     assert "steps leaves none" in refusal(PICTURE, num_inference_steps=2, strength=0.2)["strength"]
 
 

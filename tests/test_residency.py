@@ -57,7 +57,7 @@ def test_an_idle_model_is_unloaded_after_its_own_timeout(miniatures: dict[str, P
 def test_the_least_recently_used_makes_room(miniatures: dict[str, Path]) -> None:
     a, b, c = (Model(id=n, family="sd15", source=str(miniatures["sd15"])) for n in "abc")
     size = acquire(residency(), a).bytes
-    home = residency(memory_budget_bytes=int(size * 3.2))
+    home = residency(memory_budget_bytes=int(size * 2.5))
     acquire(home, a), acquire(home, b)
     acquire(home, a)
     acquire(home, c)

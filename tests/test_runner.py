@@ -1,0 +1,77 @@
+"""Between entry and runner: a cancel before the device has the work, and a runner that is late or gone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from api import backend, reading
+from core.catalogue import Catalogue
+from core.draining import Draining
+from core.generation import Generation, Plan
+from core.problems import Problem, unavailable
+from core.settings import Model, Models, Settings
+from runners.diffusion import DiffusionRunner
+
+SETTINGS = Settings(models=Models(default="m", catalogue=[Model(id="m", family="sd15", source="/nowhere")], cpu_threads=1))
+
+
+def plan() -> Plan:
+    return Catalogue(SETTINGS).plan(reading.parse({"prompt": "x"}), None, "test")
+
+
+def test_a_client_that_leaves_while_weights_are_fetched_is_not_drawn_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, fetched, drawn = DiffusionRunner(), threading.Event(), []
+    runner.start("test", SETTINGS, Draining(1, 0))
+
+    def slow_fetch(_: object) -> Path:
+        fetched.wait(10)
+        return Path("/nowhere")
+
+    monkeypatch.setattr(runner.device, "fetch", slow_fetch)
+    monkeypatch.setattr(runner.device, "submit", lambda *args: drawn.append(args))
+
+    async def leave() -> Generation:
+        wanted = plan()
+        work = asyncio.create_task(DiffusionRunner.generate.func(runner, wanted))
+        await asyncio.sleep(0.1)
+        assert await DiffusionRunner.cancel.func(runner, wanted.id)
+        outcome = await asyncio.wait_for(work, 5)
+        fetched.set()
+        assert not await DiffusionRunner.cancel.func(runner, wanted.id)
+        return outcome
+
+    outcome = asyncio.run(leave())
+    assert outcome.problem.status == 499
+    assert not drawn
+    runner.device.queue.close()
+
+
+class Elsewhere:
+    """A runner whose status fails as `answers` says, while a picture takes half a second."""
+
+    def __init__(self, answers: list[bool]) -> None:
+        self.answers = answers
+
+    async def generate(self, _: Plan) -> Generation:
+        await asyncio.sleep(0.5)
+        return Generation(seeds=[1])
+
+    async def status(self) -> None:
+        if not (self.answers.pop(0) if self.answers else True):
+            raise unavailable("late")
+
+
+@pytest.mark.parametrize(("answers", "outcome"), [([False, False, True], 200), ([False] * 8, 503)])
+def test_a_runner_that_is_late_once_keeps_its_work_and_a_dead_one_is_told(monkeypatch: pytest.MonkeyPatch, answers: list[bool], outcome: int) -> None:
+    monkeypatch.setattr(backend, "PROBE_EVERY_S", 0.05)
+    monkeypatch.setattr(backend, "runner", lambda: Elsewhere(list(answers)))  # each probe is tried twice
+    if outcome == 200:
+        assert asyncio.run(backend.generate(plan(), None)).seeds == [1]
+    else:
+        with pytest.raises(Problem) as caught:
+            asyncio.run(backend.generate(plan(), None))
+        assert caught.value.details.status == 503
