@@ -33,7 +33,7 @@ PICTURES = {
 REFUSED = {
     "empty": (b"", 422),
     "truncated": (jpeg()[:400], 422),
-    "no pixels": (png_bomb(0), 422),
+    "no pixels": (png_bomb(0), 415),
     "bomb": (png_bomb(60_000), 413),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'><rect/></svg>", 415),
     "html": (b"<html></html>", 415),

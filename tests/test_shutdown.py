@@ -18,7 +18,7 @@ from tests.test_http import FAST, picture, problem
 
 pytestmark = pytest.mark.http
 SLOW = {"prompt": "x", "num_inference_steps": 100, "count_returned": 4}
-ONE_MODEL = {"models": {"catalogue": [{"id": "starter/stable-diffusion", "family": "starter"}], "warm_up": ["starter/stable-diffusion"]}}
+ONE_MODEL = {"models": {"catalogue": [{"id": "starter/stable-diffusion", "family": "starter"}], "warm_up": ["starter/stable-diffusion"], "cpu_threads": 1}}
 
 
 def runner_of(server: Server) -> psutil.Process:
