@@ -17,8 +17,8 @@ from tests.conftest import Server, serving, wait_for
 from tests.test_http import FAST, picture, problem
 
 pytestmark = pytest.mark.http
-SLOW = {"prompt": "x", "num_inference_steps": 100, "count_returned": 4}
-ONE_MODEL = {"models": {"catalogue": [{"id": "starter/stable-diffusion", "family": "starter"}], "warm_up": ["starter/stable-diffusion"], "cpu_threads": 1}}
+SLOW = {"prompt": "x", "num_inference_steps": 100, "count_returned": 2}
+ONE_MODEL = {"server": {"grace_s": 110}, "models": {"catalogue": [{"id": "starter/stable-diffusion", "family": "starter"}], "warm_up": ["starter/stable-diffusion"], "cpu_threads": 1}}
 
 
 def runner_of(server: Server) -> psutil.Process:
@@ -40,8 +40,8 @@ def test_sigterm_delivers_the_picture_and_refuses_more(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: requests.get(server.url + "/readyz", timeout=5).status_code == 503, 5)
         problem(server.post("/post_config", params={"prompt": "x"}), 503)
-        thread.join(60)
-        assert picture(answers[0]).size == (128, 128)
+        thread.join(110)
+        assert picture(answers[0]).size == (128, 64)
         assert server.process.wait(30) == 0
 
 
