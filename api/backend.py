@@ -96,12 +96,14 @@ async def _watched(target: Runner, plan: Plan, gone: asyncio.Future[None]) -> Ge
                 await _answer(lambda: target.cancel(plan.id))
                 raise cancelled()
             try:
-                await _answer(target.status)
+                await asyncio.wait_for(target.status(), PROBE_TIMEOUT_S)
                 missed = 0
-            except Problem:
+            except TimeoutError:
                 missed += 1
                 if missed == PROBES_MISSED:
-                    raise
+                    raise _gone() from None
+            except Exception:  # a runner that shuts down takes no new connection, and finishes what it has;
+                log.debug("no new connection to the runner")  # if it dies, the work's own connection breaks
         return work.result()
     finally:
         if not work.done():

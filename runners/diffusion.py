@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import bentoml
 
@@ -129,7 +129,7 @@ class DiffusionRunner:
         """Load a model and draw one step; a failure is logged, and readiness does not wait for it."""
         try:
             plan = self.catalogue.plan(_WARM_UP.model_copy(update={"model_id": model_id}), None, "warm-up")
-            outcome = await self.generate(plan)
+            outcome: Generation = await cast(Any, self.generate).local(plan)  # in this process: else BentoML goes by HTTP
             if outcome.problem:
                 log.error("warm-up of %s failed: %s", model_id, outcome.problem.detail)
         finally:

@@ -12,7 +12,7 @@ from api import backend, reading
 from core.catalogue import Catalogue
 from core.draining import Draining
 from core.generation import Generation, Plan
-from core.problems import Problem, unavailable
+from core.problems import Problem
 from core.settings import Model, Models, Settings
 from runners.diffusion import DiffusionRunner
 
@@ -51,9 +51,9 @@ def test_a_client_that_leaves_while_weights_are_fetched_is_not_drawn_for(monkeyp
 
 
 class Elsewhere:
-    """A runner whose status fails as `answers` says, while a picture takes half a second."""
+    """A runner that draws for half a second and whose status answers, hangs or has no connection, in turn."""
 
-    def __init__(self, answers: list[bool]) -> None:
+    def __init__(self, answers: list[str]) -> None:
         self.answers = answers
 
     async def generate(self, _: Plan) -> Generation:
@@ -61,15 +61,19 @@ class Elsewhere:
         return Generation(seeds=[1])
 
     async def status(self) -> None:
-        if not (self.answers.pop(0) if self.answers else True):
-            raise unavailable("late")
+        answer = self.answers.pop(0) if self.answers else "well"
+        if answer == "hangs":
+            await asyncio.Event().wait()
+        if answer == "refuses":
+            raise ConnectionRefusedError
 
 
-@pytest.mark.parametrize(("answers", "outcome"), [([False, False, True], 200), ([False] * 8, 503)])
-def test_a_runner_that_is_late_once_keeps_its_work_and_a_dead_one_is_told(monkeypatch: pytest.MonkeyPatch, answers: list[bool], outcome: int) -> None:
+@pytest.mark.parametrize(("answers", "kept"), [(["hangs", "well", "hangs"], True), (["refuses"] * 20, True), (["hangs"] * 20, False)])
+def test_only_a_runner_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, answers: list[str], kept: bool) -> None:
     monkeypatch.setattr(backend, "PROBE_EVERY_S", 0.05)
-    monkeypatch.setattr(backend, "runner", lambda: Elsewhere(list(answers)))  # each probe is tried twice
-    if outcome == 200:
+    monkeypatch.setattr(backend, "PROBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(backend, "runner", lambda: Elsewhere(list(answers)))
+    if kept:
         assert asyncio.run(backend.generate(plan(), None)).seeds == [1]
     else:
         with pytest.raises(Problem) as caught:
