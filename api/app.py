@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import models, seed, typed
+from api import loras, models, seed, typed
 from core import __version__
 from core.catalogue import Catalogue
 from core.problems import MEDIA_TYPE, FieldError, Problem, ProblemDetails, invalid, problem, shown
@@ -24,14 +24,17 @@ _ERRORS = {
     400: "The body cannot be read",
     401: "No valid key",
     403: "The key may not do this",
+    404: "No such thing",
     406: "No such answer format",
+    409: "It stands in the way of another, or leaves a choice",
     413: "Too many bytes or pixels",
     415: "Not a picture, or an unknown body type",
     422: "Invalid parameters, each named",
     429: "The queue is full; see Retry-After",
+    502: "What was asked elsewhere did not answer as it should",
     503: "Not available now, and why",
     504: "The deadline passed",
-    507: "Out of memory on the device",
+    507: "Out of memory on the device, or of room on the disk",
 }
 
 
@@ -47,10 +50,11 @@ def build(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.catalogue = Catalogue(settings)
+    app.state.loras = loras.installer()
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
-    for contract in (seed, models, typed):
+    for contract in (seed, models, typed, loras):
         app.include_router(contract.router)
     return app
 

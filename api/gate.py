@@ -25,9 +25,13 @@ from core.settings import Settings
 
 log = logging.getLogger("easel.api")
 ADMIN_PREFIX = "/admin/"
+ADMIN_PATHS = {"/add_new_lora", "/add_lora", "/remove_lora"}  # as the seed and BentoML's client name them
+UPLOAD_PATH = "/admin/loras/upload"
+FORM_BYTES = 1024 * 1024  # what a form may have beside its file
 # Public path to the contracts' own: typed calls, which BentoML would parse unsafely, and BentoML's
 # document, which knows less than ours.
-DIRECT = {"/txt2img": "/txt2img", "/img2img": "/img2img", "/docs.json": "/openapi.json"}
+TYPED = ("/txt2img", "/img2img", "/add_lora", "/remove_lora", "/list_loras")
+DIRECT = {**{path: path for path in TYPED}, "/docs.json": "/openapi.json"}
 
 
 class Gate:
@@ -70,7 +74,7 @@ class Gate:
             scope.setdefault("state", {})["caller"] = self._admit(scope)
         if path.startswith("/internal"):
             raise problem(404, "not-found", "Not found", f"There is no {path[:200]}.")
-        if self.draining.active and scope["method"] == "POST":
+        if self.draining.active and (scope["method"] == "POST" or path in ADMIN_PATHS):
             raise self.draining.refuse()
         app = self.app
         if path in DIRECT:
@@ -107,13 +111,15 @@ class Gate:
                 "A valid key is needed: X-API-Key: KEY, or Authorization: Bearer KEY.",
                 headers={"WWW-Authenticate": 'Bearer realm="easel", ApiKey realm="easel"'},
             )
-        if scope["path"].startswith(ADMIN_PREFIX) and caller.role != "admin":
+        if _for_admins(scope["path"]) and caller.role != "admin":
             raise problem(403, "forbidden", "Forbidden", "This needs an admin key.")
         return caller
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive`, counting the body's bytes."""
+        """`receive`, counting the body's bytes. An uploaded LoRA has a limit of its own: it goes to the disk."""
         limit = self.settings.limits.body_bytes
+        if scope["path"] == UPLOAD_PATH:
+            limit = self.settings.loras.max_bytes + FORM_BYTES
         for name, value in scope["headers"]:
             if name.lower() == b"content-length" and (not value.isdigit() or int(value) > limit):
                 raise problems.too_large(limit)
@@ -179,6 +185,10 @@ def _standard(status: int, headers: dict[str, str]) -> Problem:
     title = _TITLES.get(status, "Request failed" if status < 500 else "Internal error")
     detail = {404: "There is nothing at this path.", 405: f"Allowed: {headers.get('allow', 'other methods')}."}.get(status, f"{title}.")
     return problem(status, title.lower().replace(" ", "-"), title, detail, headers=headers)
+
+
+def _for_admins(path: str) -> bool:
+    return path.startswith(ADMIN_PREFIX) or path in ADMIN_PATHS
 
 
 def _is_local(scope: Scope) -> bool:

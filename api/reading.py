@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -21,6 +21,7 @@ from core.problems import from_validation, invalid_field, nearest, problem
 from core.settings import Limits
 
 PARAMETERS = tuple(GenerationRequest.model_fields)
+Checked = TypeVar("Checked", bound=BaseModel)
 _BODIES = "multipart/form-data, application/x-www-form-urlencoded, application/json"
 
 
@@ -37,7 +38,7 @@ async def read(request: Request, limits: Limits, image: bool = True) -> tuple[Ge
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         upload = await _read_form(request, values, image)
     elif kind == "application/json":
-        _take(values, (await _read_json(request)).items())
+        _take(values, (await read_json(request)).items())
     elif body := await request.body():
         raise problem(415, "unsupported-media-type", "Unsupported media type", f"The body ({len(body)} bytes) has the type {kind[:80] or 'none'!r}; allowed: {_BODIES}.")
     if "image" in values:
@@ -48,15 +49,20 @@ async def read(request: Request, limits: Limits, image: bool = True) -> tuple[Ge
 
 
 def parse(values: dict[str, Any]) -> GenerationRequest:
+    """Check plain values as a GenerationRequest; raises as `check`."""
+    return check(GenerationRequest, values)
+
+
+def check(kind: type[Checked], values: dict[str, Any]) -> Checked:
     """Check plain values.
 
     Raises:
         Problem: 422 naming each wrong field, unknown names with the nearest known one.
     """
     try:
-        return GenerationRequest.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise from_validation(error, PARAMETERS) from None
+        raise from_validation(error, kind.model_fields) from None
 
 
 def _take(values: dict[str, Any], items: Any) -> None:
@@ -109,7 +115,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-async def _read_json(request: Request) -> dict[str, Any]:
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Raises:
+        Problem: 400 where it is none.
+    """
     try:
         body = json.loads(await request.body(), parse_constant=float, object_pairs_hook=_once)
     except (ValueError, RecursionError):

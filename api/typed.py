@@ -1,23 +1,26 @@
-"""The typed BentoML APIs, txt2img and img2img: what the generated Python client calls.
+"""The typed BentoML APIs, for pictures and for LoRAs: what the generated Python client calls.
 
 BentoML's declarations (`TypedApis`) give the schema and the client; the gate sends public calls
-to the routes here, because BentoML's own parsing answers 500 to a bad picture and fetches a URL
+to the routes here and in api.loras, because BentoML's own parsing answers 500 to a bad picture and fetches a URL
 given for a file.
 """
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
 import bentoml
 from fastapi import APIRouter, Request
 
-from api import answering, backend, reading
+from api import answering, backend, loras, reading
 from api.answering import GenerationResponse
 from core import images, settings
 from core.catalogue import Catalogue
 from core.generation import GenerationRequest, Pixels
+from core.loras import keeping
+from core.loras.messages import Added, AddLora, Listing, Removed, RemoveLora
 from core.problems import invalid_field
 
 router = APIRouter(tags=["typed"])
@@ -52,6 +55,21 @@ class TypedApis:
     async def img2img(self, image: Path, **values: Any) -> GenerationResponse:
         """Draw pictures from a prompt and an input picture."""
         return await _draw(reading.parse(values), images.decode(image.read_bytes(), settings.load().limits))
+
+    @bentoml.api(input_spec=AddLora)  # type: ignore[untyped-decorator]
+    async def add_lora(self, **values: Any) -> Added:
+        """Add a LoRA from Civitai or a hub repository, and wait for it (admin key)."""
+        return await loras.installer().start(reading.check(AddLora, values)).result()
+
+    @bentoml.api(input_spec=RemoveLora)  # type: ignore[untyped-decorator]
+    async def remove_lora(self, name: str) -> Removed:
+        """Remove a LoRA and its weights (admin key)."""
+        return await asyncio.to_thread(keeping.remove, loras.installer().registry, name)
+
+    @bentoml.api  # type: ignore[untyped-decorator]
+    async def list_loras(self) -> Listing:
+        """Every LoRA with its trigger words and rights."""
+        return await asyncio.to_thread(keeping.listing, loras.installer().registry)
 
 
 @router.post("/txt2img", openapi_extra=_body(image=False))

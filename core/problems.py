@@ -26,7 +26,8 @@ class FieldError(BaseModel):
 
 
 class ProblemDetails(BaseModel):
-    """The body of an error answer (RFC 9457), with `errors` for fields and `retry_after` seconds."""
+    """The body of an error answer (RFC 9457), with `errors` for fields, `retry_after` seconds, and
+    the `candidates` among which the caller must choose."""
 
     model_config = ConfigDict(frozen=True)
     type: str
@@ -36,6 +37,7 @@ class ProblemDetails(BaseModel):
     instance: str | None = None
     errors: list[FieldError] = []
     retry_after: int | None = None
+    candidates: list[dict[str, Any]] | None = None
 
 
 class Problem(Exception):

@@ -1,7 +1,7 @@
 """Every setting: configuration.yaml, overridden by the environment, with secrets from `.env`.
 
 `EASEL_CONFIGURATION` names another file; `EASEL_QUEUE__LIMIT=8` overrides one value. The seed's
-variables (API_KEY, ADMIN_API_KEY, HF_TOKEN) keep their names and never stand in the YAML file.
+variables (API_KEY, ADMIN_API_KEY, HF_TOKEN, CIVIT_KEY) keep their names and never stand in the YAML file.
 """
 
 from __future__ import annotations
@@ -106,6 +106,19 @@ class Loras(Section):
 
     registry: Path = Path("lora_list.json")
     folder: Path = Path("loras")
+    civitai_url: str = "https://civitai.com"
+    hub_url: str = "https://huggingface.co"
+    allowed_hosts: list[str] = ["civitai.com", "*.civitai.com", "civitai-*.r2.cloudflarestorage.com", "huggingface.co", "*.huggingface.co", "*.hf.co"]
+    allowed_schemes: list[Literal["https", "http"]] = ["https"]
+    allow_private_hosts: list[str] = []
+    max_bytes: Count = 4 * 1024**3
+    connect_timeout_s: Seconds = 10
+    stall_timeout_s: Seconds = 30
+    deadline_s: Seconds = 6 * 3600
+    attempts: Count = 5
+    retry_wait_s: Seconds = 1
+    max_wait_s: Seconds = 120
+    concurrent_downloads: Count = 2
 
 
 class Runner(Section):
@@ -153,6 +166,7 @@ class Secrets(BaseSettings):
     api_key: SecretStr = SecretStr("")
     admin_api_key: SecretStr = SecretStr("")
     hf_token: SecretStr = SecretStr("")
+    civit_key: SecretStr = SecretStr("")
 
 
 def configuration_path() -> Path:
