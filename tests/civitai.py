@@ -1,4 +1,5 @@
 """A local fake of Civitai: its API on 127.0.0.1 and its file host on 127.0.0.2, with switches for faults.
+Beside it a hub of repositories on 127.0.0.3, whose files are on the same file host.
 
 Shapes as in Civitai's REST API v1. Downloads redirect to a signed address on the file host, which
 answers 400 to a request that has an Authorization header, as the real one does.
@@ -40,7 +41,7 @@ class Faults:
     download_body: dict[str, Any] = field(default_factory=dict)
     download_headers: dict[str, str] = field(default_factory=dict)
     redirect: str | None = None
-    file: str | None = None  # html, json, cut, stall, short, wrong, no-range, changed, expired, chunked, huge, slow
+    file: str | None = None  # html, json, cut, stall, hang, wrong, no-range, changed, expired, chunked, huge, slow
     times: int = 1_000_000
 
     def strikes(self) -> bool:
@@ -69,25 +70,27 @@ class FakeCivitai:
         self.page = 100
         self._api = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, self._answer_api))
         self._files = ThreadingHTTPServer(("127.0.0.2", 0), _handler(self, self._answer_file))
+        self._hub = ThreadingHTTPServer(("127.0.0.3", 0), _handler(self, self._answer_hub))
+        self.hub_url = f"http://127.0.0.3:{self._hub.server_address[1]}"
         self.url = f"http://127.0.0.1:{self._api.server_address[1]}"
         self.files_url = f"http://127.0.0.2:{self._files.server_address[1]}"
 
     def __enter__(self) -> FakeCivitai:
-        for server in (self._api, self._files):
+        for server in (self._api, self._files, self._hub):
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for server in (self._api, self._files):
+        for server in (self._api, self._files, self._hub):
             server.shutdown()
             server.server_close()
 
     def settings(self) -> dict[str, Any]:
         """What `loras` of the configuration needs for this fake."""
         return {
-            "civitai_url": self.url, "hub_url": self.url, "allowed_hosts": ["127.0.0.2"], "allowed_schemes": ["http"],
-            "allow_private_hosts": ["127.0.0.1", "127.0.0.2"], "retry_wait_s": 0.02, "max_wait_s": 2, "stall_timeout_s": 0.6,
+            "civitai_url": self.url, "hub_url": self.hub_url, "allowed_hosts": ["127.0.0.2"], "allowed_schemes": ["http"],
+            "allow_private_hosts": ["127.0.0.1", "127.0.0.2", "127.0.0.3"], "retry_wait_s": 0.02, "max_wait_s": 2, "stall_timeout_s": 0.6,
             "connect_timeout_s": 2, "attempts": 3, "max_bytes": 4 * 1024 * 1024,
         }
 
@@ -118,7 +121,7 @@ class FakeCivitai:
         return made
 
     def add_repo(self, repo_id: str, files: dict[str, bytes], **card: Any) -> None:
-        """A repository of the hub; its API and files are on the API's host, as the hub's are."""
+        """A repository of the hub."""
         self.repos[repo_id] = {"files": files, "card": card}
 
     def downloads(self) -> list[Seen]:
@@ -142,12 +145,15 @@ class FakeCivitai:
             _json(http, *((200, found) if found else (404, {"error": f"No model with id {parts[3]}"})))
         elif url.path.startswith("/api/v1/model-versions/"):
             self._version(http, int(parts[3]))
-        elif url.path.startswith("/api/models/"):
-            self._repo(http, "/".join(parts[2:4]))
-        elif "resolve" in parts:
-            _send(http, 302, b"", {"Location": f"{self.files_url}/hub/{url.path.strip('/')}"})
         else:
             _json(http, 404, {"error": "Not Found"})
+
+    def _answer_hub(self, http: BaseHTTPRequestHandler) -> None:
+        path = urlsplit(http.path).path.strip("/")
+        if path.startswith("api/models/"):
+            self._repo(http, "/".join(path.split("/")[2:4]))
+        else:
+            _send(http, 302, b"", {"Location": f"{self.files_url}/hub/{path}"})
 
     def _search(self, http: BaseHTTPRequestHandler, query: dict[str, list[str]]) -> None:
         if "page" in query:
@@ -230,7 +236,10 @@ def _send_file(http: BaseHTTPRequestHandler, content: bytes, fault: str | None) 
     for name, value in {**headers, "Content-Length": str(length)}.items():
         http.send_header(name, value)
     http.end_headers()
-    if fault in ("cut", "stall", "no-range", "changed"):
+    if fault == "hang":
+        http.wfile.flush()
+        time.sleep(1.5)
+    elif fault in ("cut", "stall", "no-range", "changed"):
         http.wfile.write(body[: max(len(body) // 2, 1)])
         http.wfile.flush()
         if fault == "stall":
@@ -238,8 +247,8 @@ def _send_file(http: BaseHTTPRequestHandler, content: bytes, fault: str | None) 
         http.close_connection = True
         http.connection.shutdown(2)
     elif fault == "slow":
-        for i in range(0, len(body), 4096):
-            http.wfile.write(body[i : i + 4096])
+        for i in range(0, len(body), 16384):
+            http.wfile.write(body[i : i + 16384])
             time.sleep(0.05)
     else:
         http.wfile.write(body)
