@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy
 from safetensors.numpy import save
@@ -199,7 +199,7 @@ class FakeCivitai:
         path = urlsplit(http.path).path
         if path.startswith("/hub/"):
             owner, repo, _, _, name = path.removeprefix("/hub/").split("/", 4)
-            content = self.repos[f"{owner}/{repo}"]["files"][name]
+            content = self.repos[f"{owner}/{repo}"]["files"][unquote(name)]
         else:
             content = self.contents[int(path.split("/")[-1])]
         faults = self.faults

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ import pytest
 
 from core.loras.egress import is_public, parse_retry_after
 from core.loras.installing import Installer
-from core.loras.messages import AddLora, Added
+from core.loras.messages import Added, AddLora
 from core.problems import Problem
 from core.settings import ROOT, Secrets, Settings
 from tests.civitai import KEY, SIGNATURE, FakeCivitai, weights
 
 
-@pytest.fixture()
+@pytest.fixture
 def fake() -> Iterator[FakeCivitai]:
     with FakeCivitai() as running:
         running.add(1, "Ghibli")

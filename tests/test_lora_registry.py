@@ -29,7 +29,7 @@ SEED = """{
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
-@pytest.fixture()
+@pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     (tmp_path / "lora_list.json").write_text(SEED)
     return Registry(tmp_path / "lora_list.json", tmp_path / "loras")

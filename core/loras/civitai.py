@@ -129,21 +129,19 @@ class Civitai:
                 model = await self._model(wanted.model_id)
                 self._check_type(model)
             except Problem as error:
-                if wanted.version_id is not None or (offer := await self._as_version(wanted.model_id)) is None:
-                    raise error
-                return offer
+                if wanted.version_id is not None or not _is_another(error):
+                    raise
+                return await self._as_version(wanted.model_id, error)
         if version is None:
             version = _choose(model, wanted.version_id)
         return self._offer(model, version)
 
-    async def _as_version(self, number: int) -> Offer | None:
-        """A bare number that is no LoRA's id may be the id of a version."""
+    async def _as_version(self, number: int, error: Problem) -> Offer:
+        """A bare number that is no LoRA's id may be the id of a version; else it is `error`."""
         try:
             return await self.resolve(Reference(version_id=number))
-        except Problem as error:
-            if error.details.status == 404 or error.details.type.endswith("lora-type"):
-                return None
-            raise
+        except Problem as other:
+            raise error if _is_another(other) and (other.details.status == 404 or error.details.status != 404) else other from None
 
     async def _model(self, number: int) -> Model:
         return read(Model, await self._egress.json(self._client, f"{self.site}/api/v1/models/{number}"), self.site)
@@ -274,3 +272,8 @@ def _candidate(model: Model) -> Candidate:
 
 def _plain(name: str) -> str:
     return " ".join(name.casefold().split())
+
+
+def _is_another(error: Problem) -> bool:
+    """Whether an id was that of something else, or of nothing."""
+    return error.details.status == 404 or error.details.type.endswith(":lora-type")

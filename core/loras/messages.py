@@ -38,7 +38,7 @@ def _kind_of_source(value: Any) -> str:
         return "hub"
     if isinstance(value, (CivitaiSource, dict)):
         return "civitai"
-    return "id" if isinstance(value, int) else "text"
+    return "id" if isinstance(value, int) and not isinstance(value, bool) else "text"
 
 
 class Terms(_Input):
