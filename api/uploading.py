@@ -10,17 +10,18 @@ import contextlib
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from python_multipart.exceptions import FileError, FormParserError
-from python_multipart.multipart import Field, File, FormParser, parse_options_header
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
-from core.loras.download import UPLOADS
+from core.loras.download import UPLOAD
 from core.loras.registry import cannot_write
-from core.problems import cancelled, invalid_field, problem
+from core.problems import Problem, cancelled, invalid_field, problem
 
-PART_BYTES = 64 * 1024
+FIELD_BYTES = 64 * 1024
+PARTS = 30
 
 
 @contextlib.asynccontextmanager
@@ -35,64 +36,104 @@ async def received(request: Request, folder: Path) -> AsyncIterator[tuple[dict[s
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data":
         raise problem(415, "unsupported-media-type", "Unsupported media type", "A LoRA is uploaded as multipart/form-data, with the part `file`.")
-    with contextlib.ExitStack() as stack:
+    if not options.get(b"boundary"):
+        raise _malformed("it has no boundary")
+    path: Path | None = None
+    try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            inside = stack.enter_context(tempfile.TemporaryDirectory(prefix=UPLOADS, dir=folder))
-        except OSError as error:
-            raise cannot_write(folder, error) from error
-        form = _Form(inside, options.get(b"boundary"))
-        stack.callback(form.close)
-        try:
-            async for chunk in request.stream():
-                await asyncio.to_thread(form.write, chunk)
-            await asyncio.to_thread(form.finish)
+            with tempfile.NamedTemporaryFile("wb", prefix=UPLOAD, suffix=".part", dir=folder, delete=False) as file:
+                path = Path(file.name)
+                form = _Form(file, options[b"boundary"])
+                async for chunk in request.stream():
+                    await asyncio.to_thread(form.write, chunk)
+                form.finish()
         except ClientDisconnect:
             raise cancelled() from None
-        except FileError as error:
-            raise cannot_write(folder, OSError(None, str(error))) from None
         except FormParserError as error:
-            raise problem(400, "bad-form", "Malformed form", f"The form cannot be read: {str(error)[:200]}.") from None
+            raise _malformed(str(error)[:200]) from None
         except OSError as error:
             raise cannot_write(folder / "the upload", error) from error
-        yield form.fields, form.path()
+        yield form.fields, path
+    finally:
+        if path is not None:
+            path.unlink(missing_ok=True)
 
 
 class _Form:
-    """The parts as they come in."""
+    """The parts as they come in: text into `fields`, the part `file` into the file."""
 
-    def __init__(self, folder: str, boundary: bytes | None) -> None:
+    def __init__(self, file: IO[bytes], boundary: bytes) -> None:
         self.fields: dict[str, Any] = {}
-        self.files: list[File] = []
-        if not boundary:
-            raise problem(400, "bad-form", "Malformed form", "The form has no boundary.")
-        config = {"UPLOAD_DIR": folder, "UPLOAD_DELETE_TMP": False, "MAX_MEMORY_FILE_SIZE": 0, "MAX_FIELDS": 30, "MAX_FIELD_SIZE": PART_BYTES}
-        self._parser = FormParser("multipart/form-data", self._field, self.files.append, boundary=boundary, config=config)
+        self._file, self._files, self._parts, self._ended = file, 0, 0, False
+        self._header, self._value, self._disposition = bytearray(), bytearray(), b""
+        self._name, self._text = "", bytearray()
+        self._in_file = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
+                "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+                "on_header_end": self._header_end,
+                "on_headers_finished": self._headers_finished,
+                "on_part_data": self._data,
+                "on_part_end": self._part_end,
+                "on_end": self._end,
+            },
+        )
 
     def write(self, chunk: bytes) -> None:
         self._parser.write(chunk)
 
     def finish(self) -> None:
+        """Raises:
+        Problem: where the form ends early, or has no file.
+        """
         self._parser.finalize()
-        for file in self.files:
-            file.file_object.flush()
+        if not self._ended:
+            raise _malformed("it ends before its last boundary")
+        if not self._files:
+            raise invalid_field("file", "is missing", "a multipart file part named file")
 
-    def path(self) -> Path:
-        if [f.field_name for f in self.files] != [b"file"]:
-            raise invalid_field("file", "must be there, once, and be the only file", "a multipart file part named file")
-        if self.files[0].actual_file_name is None:
-            raise invalid_field("file", "is empty", "a .safetensors file")
-        return Path(self.files[0].actual_file_name.decode())
+    def _begin(self) -> None:
+        self._parts += 1
+        if self._parts > PARTS:
+            raise _malformed(f"it has more than {PARTS} parts")
+        self._disposition, self._text = b"", bytearray()
 
-    def close(self) -> None:
-        for file in self.files:
-            with contextlib.suppress(OSError):
-                file.close()
+    def _header_end(self) -> None:
+        if bytes(self._header).lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._header, self._value = bytearray(), bytearray()
 
-    def _field(self, field: Field) -> None:
-        name, value = (field.field_name or b"").decode("utf-8", "replace"), (field.value or b"").decode("utf-8", "replace")
-        if name == "file":
-            raise invalid_field("file", "must be a file, not text", "a multipart file part", value)
-        if name in self.fields:
-            raise invalid_field(name[:80], "is given more than once", "once")
-        self.fields[name] = value
+    def _headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        self._in_file = b"filename" in options
+        if self._in_file:
+            self._files += 1
+        if self._in_file != (self._name == "file"):
+            message = "unknown file" if self._in_file else "must be a file, not text"
+            raise invalid_field(self._name[:80] or "file", message, "one multipart file part, named file")
+        if (self._files > 1 and self._in_file) or self._name in self.fields:
+            raise invalid_field(self._name[:80], "is given more than once", "once")
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        if self._in_file:
+            self._file.write(memoryview(data)[start:end])
+        elif len(self._text) + end - start > FIELD_BYTES:
+            raise invalid_field(self._name[:80] or "form", "is too long", f"at most {FIELD_BYTES} bytes")
+        else:
+            self._text.extend(data[start:end])
+
+    def _part_end(self) -> None:
+        if not self._in_file:
+            self.fields[self._name] = self._text.decode("utf-8", "replace")
+
+    def _end(self) -> None:
+        self._ended = True
+
+
+def _malformed(why: str) -> Problem:
+    return problem(400, "bad-form", "Malformed form", f"The form cannot be read: {why}.")

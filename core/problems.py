@@ -82,7 +82,7 @@ def shown(value: object) -> str | None:
     """A value as an error may repeat it: short, and never a file's bytes."""
     if value is None or isinstance(value, (bytes, bytearray, memoryview)):
         return None
-    text = str(value)
+    text = str(value).encode("utf-8", "replace").decode()  # JSON may hold half a character
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -97,7 +97,7 @@ def from_validation(error: ValidationError, known: Iterable[str]) -> Problem:
     known = list(known)
     errors = []
     for item in error.errors(include_url=False):
-        field = ".".join(str(part) for part in item["loc"]) or "request"
+        field = ".".join(str(part) for part in item["loc"]).encode("utf-8", "replace").decode() or "request"
         if item["type"] == "extra_forbidden":
             message = f"unknown parameter{nearest(field, known)}"
             errors.append(FieldError(field=field[:80], message=message, allowed=sorted(known)))

@@ -30,7 +30,7 @@ from core.loras.registry import cannot_write
 from core.problems import Problem, problem
 
 CHUNK = 1024 * 1024
-UPLOADS = ".upload-"  # folders that an upload is written into
+UPLOAD = ".upload-"  # how the temporary file of an upload begins
 _NOT_FILES = ("text/", "application/json", "application/xhtml", "application/xml", "application/problem")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 
@@ -238,11 +238,7 @@ def sweep(folder: Path, older_than_s: float = 24 * 3600) -> None:
     """Delete temporary files that a killed process left: those untouched for long."""
     with contextlib.suppress(OSError):
         for path in folder.glob(".*"):
-            if time.time() - path.stat().st_mtime <= older_than_s:
-                continue
-            if path.is_dir() and path.name.startswith(UPLOADS):
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.suffix in (".part", ".lock"):
+            if path.suffix in (".part", ".lock") and time.time() - path.stat().st_mtime > older_than_s:
                 path.unlink(missing_ok=True)
 
 
