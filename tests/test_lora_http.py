@@ -56,8 +56,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         for i in (40, 41):
             fake.add(i, "Twin")
         with serving(base, {"loras": fake.settings() | {"max_bytes": 32 * 1024 * 1024}}, env={"CIVIT_KEY": KEY}) as server:
-            yield Place(server, fake, base)
+            place = Place(server, fake, base)
+            yield place
+            fake.contents[290] = weights(290, 3000)
+            fake.faults.file = "slow"
+            place.admin("POST", "/add_new_lora?name=29&wait=false")
+            wait_for(lambda: any(f.endswith(".part") for f in place.files), 20)
             log = server.log.read_text(errors="replace")
+        assert not [f for f in place.files if f.startswith(".")]  # stopped in the middle of a download
     assert KEY not in log
     assert SIGNATURE not in log
 

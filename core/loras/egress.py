@@ -95,7 +95,7 @@ class Egress:
         body = bytearray()
         with self.explained(host):
             async with client.stream("GET", url, params=params) as response:
-                async for chunk in response.aiter_raw():
+                async for chunk in response.aiter_bytes():
                     body += chunk
                     if len(body) > ANSWER_BYTES:
                         raise bad_answer(host, f"more than {ANSWER_BYTES} bytes")

@@ -105,18 +105,18 @@ class Installer:
             job.state.status, job.state.started_at = "running", now()
             added = await self._add(job)
             job.finish("succeeded", added)
-            log.info("LoRA %s: %s", added.name, added.message)
+            log.info("%s", added.message)
             return added
         except asyncio.CancelledError:
             job.finish("canceled")
             raise problem(499, "lora-cancelled", "Cancelled", "Adding this LoRA was cancelled; nothing was kept.") from None
         except Problem as error:
             job.finish("failed", error=error.details)
-            log.warning("LoRA from %s was not added: %s", job.state.source, error.details.detail)
+            log.warning("LoRA from %r was not added: %s", job.state.source, error.details.detail)
             raise
         except Exception:
             job.finish("failed", error=problem(500, "internal", "Internal error", "The server failed; its log says how.").details)
-            log.exception("LoRA from %s was not added", job.state.source)
+            log.exception("LoRA from %r was not added", job.state.source)
             raise
 
     async def _add(self, job: Job) -> Added:
