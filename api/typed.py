@@ -56,6 +56,11 @@ class TypedApis:
         """Draw pictures from a prompt and an input picture."""
         return await _draw(reading.parse(values), images.decode(image.read_bytes(), settings.load().limits))
 
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    async def stop_adding(self) -> None:
+        """Leave nothing behind of downloads that a shutdown stops."""
+        await loras.installer().close()
+
     @bentoml.api(input_spec=AddLora)  # type: ignore[untyped-decorator]
     async def add_lora(self, **values: Any) -> Added:
         """Add a LoRA from Civitai or a hub repository, and wait for it (admin key)."""

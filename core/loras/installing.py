@@ -100,6 +100,11 @@ class Installer:
             job.finish("canceled")
         return job
 
+    async def close(self) -> None:
+        """Cancel what is running."""
+        for id in [id for id, job in self.jobs.items() if not job.state.completed_at]:
+            await self.cancel(id)
+
     async def _run(self, job: Job) -> Added:
         try:
             job.state.status, job.state.started_at = "running", now()
