@@ -432,6 +432,19 @@ def test_a_cancelled_job_leaves_nothing_and_tells_its_progress_before(fake: Fake
     next_works(fake, made)
 
 
+@pytest.mark.parametrize("pause", [i / 100 for i in range(0, 30, 2)])
+def test_whenever_it_is_cancelled_file_and_entry_are_there_together_or_not_at_all(fake: FakeCivitai, tmp_path: Path, pause: float) -> None:
+    made = installer(fake, tmp_path)
+
+    async def run() -> str:
+        job = made.start(AddLora(source=1))
+        await asyncio.sleep(pause)
+        return (await made.cancel(job.state.id)).state.status
+
+    status = asyncio.run(run())
+    assert (status, list(made.registry.entries()), contents(made)) in (("canceled", [], []), ("succeeded", ["Ghibli"], ["civitai-10.safetensors"]))
+
+
 async def until(condition: Callable[[], bool]) -> None:
     for _ in range(500):
         if condition():

@@ -88,7 +88,11 @@ async def download(egress: Egress, remote: Remote, target: Path, progress: Progr
         if remote.sha256 and sha256 != remote.sha256.lower():
             raise problem(502, "lora-wrong-hash", "Wrong hash", f"{fetch.host} sent a file whose SHA-256 is {sha256}; it should be {remote.sha256.lower()}. Nothing was kept.")
         await asyncio.to_thread(check_weights, temporary, 502)
-        await asyncio.to_thread(settle, temporary, target)
+        try:
+            await uninterrupted(settle, temporary, target)
+        except asyncio.CancelledError:
+            target.unlink(missing_ok=True)
+            raise
         return Local(sha256, fetch.done)
     except TimeoutError:
         raise problem(504, "lora-deadline", "Took too long", f"The download was not done within loras.deadline_s ({egress.settings.deadline_s:g} s).") from None
@@ -96,6 +100,16 @@ async def download(egress: Egress, remote: Remote, target: Path, progress: Progr
         raise cannot_write(target, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+async def uninterrupted(call: Callable[..., object], *args: object) -> None:
+    """Call in a thread, to its end: a cancellation takes effect after it."""
+    work = asyncio.ensure_future(asyncio.to_thread(call, *args))
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await work
+        raise
 
 
 class _Fetch:

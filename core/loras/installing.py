@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from core.loras import civitai, hub
 from core.loras.civitai import Civitai, Offer, Reference
-from core.loras.download import download, held, sweep
+from core.loras.download import download, held, sweep, uninterrupted
 from core.loras.egress import Egress
 from core.loras.keeping import already_there, now, with_terms
 from core.loras.messages import Added, AddLora, CivitaiSource, HubSource, JobState, Progress
@@ -31,6 +31,7 @@ from core.settings import Secrets, Settings
 log = logging.getLogger("easel.loras")
 KEPT_JOBS = 200
 RATE_WINDOW_S = 10.0
+
 
 class Job:
     """One adding. Its task ends well or with a Problem."""
@@ -142,8 +143,9 @@ class Installer:
                 local = await download(self.egress, offer.remote, target, job.progress)
             lora = lora.model_copy(update={"sha256": local.sha256, "size": local.size, "file_name": target.name, "date_added": lora.date_added or now()})
             try:
-                await asyncio.to_thread(self.registry.put, lora, lora.name in known)
-            except BaseException:
+                with contextlib.suppress(asyncio.CancelledError):  # too late: it is there
+                    await uninterrupted(self.registry.put, lora, lora.name in known)
+            except Problem:
                 if lora.name not in known:
                     target.unlink(missing_ok=True)
                 raise
