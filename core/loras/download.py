@@ -59,7 +59,8 @@ Progress = Callable[[int, int | None], None]  # bytes so far, and in all where k
 async def held(target: Path) -> AsyncIterator[None]:
     """Be the only one, among all processes, that makes the file `target`."""
     lock = target.with_name(f".{target.name}.lock")
-    flock = AsyncFileLock(lock, poll_interval=0.1)
+    # In this thread: one that ran beside it could take the lock after a cancellation, for nobody.
+    flock = AsyncFileLock(lock, poll_interval=0.1, run_in_executor=False)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         await flock.acquire()
