@@ -143,8 +143,11 @@ def describe(ran: Ran, seeds: list[int]) -> dict[str, str]:
         "X-Easel-Prompt-Tokens-Cut": str(ran.prompt_tokens_cut),
         "X-Easel-Licence": ran.licence,
         "X-Easel-Commercial-Use": "allowed" if ran.commercial_use else "not allowed",
+        "X-Easel-Credit": ", ".join(ran.credit) or "not required",
         "Server-Timing": timing,
     }
+    if ran.loras:
+        headers["X-Easel-Loras"] = ", ".join(f"{x.name}:{x.weight:g};layers={x.layers};unmatched={x.unmatched}" for x in ran.loras)
     if ran.notes:
         headers["X-Easel-Notes"] = "; ".join(ran.notes)
     return {name: _safe(value) for name, value in headers.items()}

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from api import backend
+from core.adapters import MAX_WEIGHT
 from core.catalogue import Catalogue
 from core.generation import RunnerStatus
 from core.problems import invalid_field, nearest
@@ -40,12 +41,16 @@ async def capabilities(request: Request) -> dict[str, Any]:
     settings: Settings = request.app.state.settings
     status = await backend.status()
     states = {model.model_id: model.state for model in status.models}
-    models = [entry.capabilities(settings.limits) | {"state": states.get(entry.id, "cold")} for entry in catalogue.entries.values()]
+    models = [
+        entry.capabilities(settings.limits) | {"loras": catalogue.loras_for(entry), "state": states.get(entry.id, "cold")}
+        for entry in catalogue.entries.values()
+    ]
     return {
         "default": settings.models.default,
         "allow_unlisted": settings.models.allow_unlisted,
         "device": status.device,
         "formats": ["png", "jpeg", "webp"],
+        "loras": {"max": settings.limits.loras, "weight": {"default": 1, "min": -MAX_WEIGHT, "max": MAX_WEIGHT}},
         "models": models,
     }
 

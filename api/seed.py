@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from api import answering, backend, reading
+from api import answering, backend, reading, usage
 from core.catalogue import Catalogue
 from core.generation import GenerationRequest
 from core.settings import Settings
@@ -47,4 +47,5 @@ async def post_config(request: Request) -> Response:
     answering.choose(accept, wanted)  # an answer that cannot be had is refused before the work
     plan = catalogue.plan(wanted, image, request.state.caller.id)
     generation = await backend.generate(plan, request)
+    await usage.record(plan, generation)
     return await answering.answer(generation, wanted, accept, settings.metadata.embed)

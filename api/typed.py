@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import bentoml
 from fastapi import APIRouter, Request
 
-from api import answering, backend, loras, reading
+from api import answering, backend, loras, reading, usage
 from api.answering import GenerationResponse
 from core import images, settings
 from core.catalogue import Catalogue
@@ -96,6 +96,8 @@ async def img2img(request: Request) -> GenerationResponse:
 async def _draw(wanted: GenerationRequest, image: Pixels | None, request: Request | None = None) -> GenerationResponse:
     configured = settings.load()
     client = request.state.caller.id if request else "in-process"
-    plan = Catalogue(configured).plan(wanted, image, client)
+    catalogue: Catalogue = request.app.state.catalogue if request else Catalogue(configured)
+    plan = catalogue.plan(wanted, image, client)
     generation = await backend.generate(plan, request)
+    await usage.record(plan, generation)
     return await answering.as_json(generation, wanted, configured.metadata.embed)

@@ -83,7 +83,7 @@ def main() -> None:
             difference = same_picture(server.first, raw)
             measured = measure(server, raw, rounds, pictures, time.monotonic() + options.limit_s)
             section = report(measured, server, raw.hello, difference, load)
-    write(options.results, section)
+    write(options.results, SECTION, section)
     print(section)
 
 
@@ -144,7 +144,7 @@ class Server:
         self._log.close()
 
     def _await_ready(self, end: float) -> None:
-        with self._session() as session:
+        with self.session() as session:
             while time.monotonic() < end and self._process.poll() is None:
                 with contextlib.suppress(requests.RequestException):
                     if session.get(self.url + "/readyz", timeout=5).status_code == 200:
@@ -154,7 +154,7 @@ class Server:
 
     def _first(self) -> tuple[float, bytes, dict[str, Any]]:
         """Seconds of the first picture (the model is loaded for it), the picture, and what ran."""
-        with self._session() as session:
+        with self.session() as session:
             for _ in range(2):  # training may be rewriting the weights just now
                 sent = time.monotonic()
                 answer = session.post(self.url + "/post_config", params={**ASKED, "seed": 0}, timeout=REPLY_S)
@@ -165,7 +165,7 @@ class Server:
                 time.sleep(3)
         raise RuntimeError(f"no picture: {answer.status_code} {answer.text[:500]}")
 
-    def _session(self) -> requests.Session:
+    def session(self) -> requests.Session:
         session = requests.Session()
         session.trust_env = False  # no proxy between this process and its own server
         session.headers["X-API-Key"] = self.key
@@ -177,7 +177,7 @@ class Server:
 
         def client(number: int) -> list[float]:
             took = []
-            with self._session() as session:
+            with self.session() as session:
                 for seed in range(number * each, (number + 1) * each):
                     sent = time.perf_counter()
                     answer = session.post(self.url + "/post_config", params={**ASKED, "seed": seed}, timeout=REPLY_S)
@@ -346,10 +346,10 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def write(path: Path, section: str) -> None:
+def write(path: Path, heading: str, section: str) -> None:
     """Put the section in place of the one before, and leave the file's other sections alone."""
     text = path.read_text() if path.exists() else "# Results\n"
-    before, found, after = text.partition(SECTION + "\n")
+    before, found, after = text.partition(heading + "\n")
     _, more, rest = after.partition("\n## ") if found else ("", "", "")
     path.write_text(before.rstrip() + "\n\n" + section + (more + rest))
 

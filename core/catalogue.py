@@ -12,10 +12,11 @@ import re
 import uuid
 from dataclasses import dataclass
 
-from core import schedulers
-from core.generation import GenerationRequest, Pixels, Plan
-from core.problems import FieldError, invalid, invalid_field, nearest
-from core.settings import Dtype, Family, Limits, Model, Settings
+from core import adapters, schedulers
+from core.generation import GenerationRequest, Pixels, Plan, PlannedLora
+from core.loras import Lora, Registry, rights
+from core.problems import FieldError, Problem, invalid, invalid_field, nearest
+from core.settings import Dtype, Family, Limits, Model, Settings, beside_configuration
 
 _SEEDS = random.SystemRandom()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -97,6 +98,7 @@ class Entry:
             "prompt_tokens": 512 if t.flow else None,
             "licence": self.model.licence,
             "commercial_use": self.model.commercial_use,
+            "credit": self.model.credit,
         }
 
 
@@ -106,6 +108,7 @@ class Catalogue:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.entries = {m.id: Entry(m, FAMILIES[m.family]) for m in settings.models.catalogue}
+        self.registry = Registry(beside_configuration(settings.loras.registry), beside_configuration(settings.loras.folder))
 
     def find(self, model_id: str | None) -> Entry:
         """The entry for an id, or the default one.
@@ -125,9 +128,21 @@ class Catalogue:
         """An unlisted hub id: its family by what such ids usually contain."""
         if not _HUB_ID.fullmatch(name):
             raise invalid_field("model_id", f"{name!r} is neither listed nor a hub id like 'owner/name'", list(self.entries), name)
-        text = name.lower()
-        family: Family = "flux" if "flux" in text else "sdxl" if "xl" in text else "sd2" if "-2" in text else "sd15"
+        family = _guess_family(name)
         return Entry(Model(id=name, family=family), FAMILIES[family], listed=False)
+
+    def family_of(self, lora: Lora) -> Family:
+        """The family that a LoRA was made for: its own word, its base model's, or a guess by the name."""
+        if lora.family:
+            return lora.family
+        try:
+            return rights.base_model(lora.base_model, self.settings).family
+        except Problem:
+            return _guess_family(lora.base_model)
+
+    def loras_for(self, entry: Entry) -> list[str]:
+        """The names of the LoRAs that fit a model."""
+        return [name for name, lora in self.registry.entries().items() if self.family_of(lora) == entry.model.family]
 
     def plan(self, request: GenerationRequest, image: Pixels | None, client: str) -> Plan:
         """Check `request` against its model and the limits, and fill in every default.
@@ -141,7 +156,8 @@ class Catalogue:
             Problem: 422 that lists every field that cannot be honoured.
         """
         entry, limits = self.find(request.model_id), self.settings.limits
-        errors, notes = [], []
+        errors: list[FieldError] = []
+        notes: list[str] = []
         traits = entry.traits
 
         def refuse(field: str, message: str, allowed: str | list[str] | None, given: object) -> None:
@@ -171,6 +187,11 @@ class Catalogue:
             if value % traits.multiple or not traits.min_size <= value <= entry.max_size:
                 refuse(name, f"does not fit {entry.id}", f"{traits.min_size} to {entry.max_size}, a multiple of {traits.multiple}", value)
         scheduler = schedulers.find(request.scheduler, traits.flow, image is not None).name if request.scheduler else None
+        prompt, loras = self._loras(entry, request, errors, notes)
+        if request.commercial:
+            allowing = {f"{entry.id} ({entry.model.licence})": entry.model.commercial_use} | {f"the LoRA {x.name}": x.commercial_use for x in loras}
+            for part in (p for p, allowed in allowing.items() if not allowed):
+                refuse("commercial", f"{part} does not allow commercial use", "false, or another model or LoRA", True)
         if errors:
             raise invalid(errors)
 
@@ -184,7 +205,7 @@ class Catalogue:
             id=uuid.uuid4().hex,
             client=client,
             model_id=entry.id,
-            prompt=request.prompt,
+            prompt=prompt,
             negative_prompt=request.negative_prompt,
             torch_dtype=request.torch_dtype or entry.model.torch_dtype,
             num_inference_steps=steps,
@@ -195,10 +216,27 @@ class Catalogue:
             scheduler=scheduler,
             strength=strength,
             clip_skip=request.clip_skip,
+            loras=loras,
+            commercial=request.commercial,
             image=image,
             deadline_s=min(request.deadline_s or self.settings.queue.deadline_s, self.settings.queue.deadline_s),
             notes=notes,
         )
+
+    def _loras(self, entry: Entry, request: GenerationRequest, errors: list[FieldError], notes: list[str]) -> tuple[str, list[PlannedLora]]:
+        """The prompt to encode and the LoRAs to use; what is wrong goes to `errors`, what was done to `notes`."""
+        reading = adapters.read(request, self.settings.limits.loras)
+        chosen = adapters.resolve(reading, self.registry, entry.model.family, self.family_of, self._fitting)
+        errors += reading.errors
+        notes += reading.notes
+        prompt = reading.prompt
+        if request.lora_triggers == "auto" and (missing := adapters.missing_triggers(prompt, [lora for lora, _ in chosen])):
+            prompt = ", ".join([*([prompt] if prompt else []), *missing])
+            notes.append(f"added to the prompt: {', '.join(missing)}")
+        return prompt, [planned for _, planned in chosen]
+
+    def _fitting(self, family: Family) -> list[str]:
+        return [entry.id for entry in self.entries.values() if entry.model.family == family]
 
     def _size(self, entry: Entry, request: GenerationRequest, image: Pixels | None) -> tuple[int, int]:
         """Width and height: as asked; else the input image's shape at the model's usual area."""
@@ -212,3 +250,9 @@ class Catalogue:
             return min(rounded, entry.max_size // step * step)
 
         return side(entry.size * shape), side(entry.size / shape)
+
+
+def _guess_family(name: str) -> Family:
+    """The family of a model by what hub ids usually contain."""
+    text = name.lower()
+    return "flux" if "flux" in text else "sdxl" if "xl" in text else "sd2" if "-2" in text else "sd15"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from core.problems import ProblemDetails
 from core.settings import Dtype
@@ -38,6 +38,10 @@ class GenerationRequest(BaseModel):
     scheduler: str | None = Field(None, max_length=80, description='As diffusers or A1111 write it: "DPM++ 2M Karras".')
     strength: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="img2img: 0 keeps, 1 redraws. Default 0.75.")
     clip_skip: int = Field(0, ge=0, le=11, description="Last text-encoder layers to skip (A1111's number less one).")
+    lora: str | None = Field(None, max_length=2000, description="LoRAs by name, with weights: `a:0.6,b:0.4`. In the prompt: `<lora:a:0.6>`.")
+    lora_scale: float | None = Field(None, ge=-10, le=10, allow_inf_nan=False, description="Weight of those in `lora` that have none of their own; 1 if left out.")
+    lora_triggers: Literal["off", "auto"] = Field("off", description="auto adds the LoRAs' trigger words that the prompt lacks.")
+    commercial: bool = Field(False, description="true: refuse unless the model and every LoRA allow commercial use.")
     format: ImageFormat = Field("png", description="The pictures' file format.")
     quality: int = Field(90, ge=1, le=100, description="For jpeg and webp.")
     deadline_s: float | None = Field(None, gt=0, le=86400, allow_inf_nan=False, description="Give up after so many seconds.")
@@ -54,8 +58,8 @@ class GenerationRequest(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def numbers_are_no_booleans(cls, value: Any) -> Any:
-        if isinstance(value, bool):
+    def numbers_are_no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name != "commercial":
             raise ValueError("must not be true or false")
         return value
 
@@ -83,6 +87,18 @@ class Pixels(BaseModel):
     data: bytes
 
 
+class PlannedLora(BaseModel):
+    """A LoRA of a plan: the file at `path` with its weight, and the rights that came with it."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    weight: float
+    path: str
+    sha256: str | None
+    commercial_use: bool
+    credit: str | None
+
+
 class Plan(BaseModel):
     """A request that can run: every value decided, except what only the device knows (dtype)."""
 
@@ -101,6 +117,8 @@ class Plan(BaseModel):
     scheduler: str | None
     strength: float | None
     clip_skip: int
+    loras: list[PlannedLora] = []
+    commercial: bool = False
     image: Pixels | None
     deadline_s: float
     notes: list[str]
@@ -114,6 +132,19 @@ class Timing(BaseModel):
     denoise: float = 0
     decode: float = 0
     encode: float = 0
+
+
+class AppliedLora(BaseModel):
+    """A LoRA as it ran: the SHA-256 of the file that was read, how many of the model's layers it
+    reached, and how many of its own found none (`unmatched`)."""
+
+    name: str
+    weight: float
+    sha256: str
+    layers: int
+    unmatched: int
+    commercial_use: bool
+    credit: str | None
 
 
 class Ran(BaseModel):
@@ -133,6 +164,7 @@ class Ran(BaseModel):
     width: int
     height: int
     clip_skip: int
+    loras: list[AppliedLora] = []
     strength: float | None
     prompt: str
     negative_prompt: str
@@ -140,6 +172,7 @@ class Ran(BaseModel):
     prompt_tokens_cut: int
     licence: str
     commercial_use: bool
+    credit: list[str] = []
     notes: list[str]
     libraries: dict[str, str]
     timing: Timing
@@ -154,6 +187,13 @@ class Generation(BaseModel):
     problem: ProblemDetails | None = None
 
 
+class ResidentLora(BaseModel):
+    """A LoRA kept in memory beside its model."""
+
+    name: str
+    resident_bytes: int
+
+
 class ResidentModel(BaseModel):
     """A model as /buffer_status shows it."""
 
@@ -163,6 +203,7 @@ class ResidentModel(BaseModel):
     device: str | None = None
     torch_dtype: str | None = None
     resident_bytes: int = 0
+    loras: list[ResidentLora] = []
     last_used_s_ago: float | None = None
     unload_in_s: float | None = None
     error: str | None = None

@@ -18,7 +18,9 @@ def _quote(value: object) -> str:
 
 
 def parameters(ran: Ran, seed: int) -> str:
-    """A1111's infotext: the prompt, `Negative prompt: ...`, and a line of settings."""
+    """A1111's infotext: the prompt with a tag for each LoRA, `Negative prompt: ...`, and a line of
+    settings. `Lora hashes` are AutoV2, the first ten digits of the file's SHA-256."""
+    hashes = ", ".join(f"{lora.name}: {lora.sha256[:10]}" for lora in ran.loras)
     settings: dict[str, object] = {
         "Steps": ran.num_inference_steps,
         "Sampler": ran.scheduler,
@@ -30,9 +32,10 @@ def parameters(ran: Ran, seed: int) -> str:
         "Model": ran.model_id,
         "Clip skip": ran.clip_skip + 1 if ran.clip_skip else None,
         "Denoising strength": None if ran.strength is None else f"{ran.strength:g}",
+        "Lora hashes": hashes or None,
         "Version": f"easel {ran.libraries['easel']}",
     }
-    lines = [ran.prompt]
+    lines = [" ".join([ran.prompt, *(f"<lora:{lora.name}:{lora.weight:g}>" for lora in ran.loras)]).strip()]
     if ran.negative_prompt:
         lines.append(f"Negative prompt: {ran.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quote(value)}" for key, value in settings.items() if value is not None))

@@ -45,6 +45,7 @@ class Limits(Section):
     prompt_characters: Count = 10_000
     num_inference_steps: Count = 150
     count_returned: Count = 16
+    loras: Count = 8
 
 
 class Queue(Section):
@@ -75,6 +76,7 @@ class Model(Section):
     max_size: Count | None = None
     licence: str = "unknown"
     commercial_use: bool = False
+    credit: str | None = None
     idle_timeout_s: Seconds | None = None
 
 
@@ -106,6 +108,7 @@ class Loras(Section):
 
     registry: Path = Path("lora_list.json")
     folder: Path = Path("loras")
+    memory_budget_bytes: Count = 2 * 1024**3
     civitai_url: str = "https://civitai.com"
     hub_url: str = "https://huggingface.co"
     allowed_hosts: list[str] = ["civitai.com", "*.civitai.com", "civitai-*.r2.cloudflarestorage.com", "huggingface.co", "*.huggingface.co", "*.hf.co"]
@@ -119,6 +122,12 @@ class Loras(Section):
     retry_wait_s: Seconds = 1
     max_wait_s: Seconds = 120
     concurrent_downloads: Count = 2
+
+
+class Usage(Section):
+    """The usage log: an SQLite file beside the configuration; null for none."""
+
+    path: Path | None = Path("usage.sqlite3")
 
 
 class Runner(Section):
@@ -141,6 +150,7 @@ class Settings(BaseSettings):
     metadata: Metadata = Metadata()
     models: Models = Models(allow_unlisted=True)
     loras: Loras = Loras()
+    usage: Usage = Usage()
     stable_diffusion: Runner = Runner()
 
     @classmethod
@@ -171,6 +181,11 @@ class Secrets(BaseSettings):
 
 def configuration_path() -> Path:
     return Path(os.environ.get("EASEL_CONFIGURATION", ROOT / "configuration.yaml"))
+
+
+def beside_configuration(path: Path) -> Path:
+    """Where a relative path of the settings leads."""
+    return configuration_path().parent / path
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from core import __version__, schedulers
-from core.generation import Generation, Pixels, Plan, Ran, Timing
+from core.generation import AppliedLora, Generation, Pixels, Plan, PlannedLora, Ran, Timing
 from core.images import to_pil
 from core.problems import Problem, invalid_field, problem
 from core.schedulers import Scheduler
@@ -29,13 +29,14 @@ from runners.residency import Resident
 Check = Callable[[], None]
 
 
-def generate(resident: Resident, plan: Plan, check: Check, max_batch: int, timing: Timing) -> Generation:
+def generate(resident: Resident, plan: Plan, loras: list[AppliedLora], check: Check, max_batch: int, timing: Timing) -> Generation:
     """Draw the pictures of a plan.
 
     Args:
         resident: the model in memory.
         plan: what to draw; picture i uses a CPU generator seeded with `plan.seeds[i]`, so that it
             comes out the same alone, in a batch and on another device.
+        loras: what now acts on the model (the text encoders too, so prompts are embedded under it).
         check: raises when the work should stop; called between denoising steps.
         max_batch: how many pictures are denoised at once.
         timing: filled in with the stages' milliseconds.
@@ -94,18 +95,31 @@ def generate(resident: Resident, plan: Plan, check: Check, max_batch: int, timin
         width=pictures[0].width,
         height=pictures[0].height,
         clip_skip=plan.clip_skip,
+        loras=loras,
         strength=plan.strength,
         prompt=plan.prompt,
         negative_prompt=plan.negative_prompt,
         prompt_tokens=embedded.tokens,
         prompt_tokens_cut=embedded.cut,
         licence=resident.entry.model.licence,
-        commercial_use=resident.entry.model.commercial_use,
-        notes=[*plan.notes, *embedded.notes],
+        commercial_use=resident.entry.model.commercial_use and all(lora.commercial_use for lora in loras),
+        credit=list(dict.fromkeys(filter(None, [resident.entry.model.credit, *(lora.credit for lora in loras)]))),
+        notes=[*plan.notes, *embedded.notes, *_told(plan.loras, loras)],
         libraries=_libraries(),
         timing=timing,
     )
     return Generation(pictures=pictures, seeds=plan.seeds, ran=ran)
+
+
+def _told(planned: list[PlannedLora], applied: list[AppliedLora]) -> list[str]:
+    """What is to be known of the LoRAs beyond their layers."""
+    notes = []
+    for before, lora in zip(planned, applied, strict=True):
+        if lora.unmatched:
+            notes.append(f"{lora.unmatched} of the layers of {lora.name} are not in this model")
+        if before.sha256 and before.sha256.lower() != lora.sha256:
+            notes.append(f"the file of {lora.name} is not the one that was registered (another SHA-256); its rights may differ")
+    return notes
 
 
 def _arguments(plan: Plan, family: Family) -> dict[str, Any]:
@@ -162,4 +176,4 @@ def _to_pixels(array: np.ndarray[Any, Any]) -> Pixels:
 
 @lru_cache(maxsize=1)
 def _libraries() -> dict[str, str]:
-    return {"easel": __version__, **{name: version(name) for name in ("diffusers", "transformers", "torch")}}
+    return {"easel": __version__, **{name: version(name) for name in ("diffusers", "transformers", "peft", "torch")}}

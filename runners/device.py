@@ -30,7 +30,7 @@ class Device:
         self.torch_device = loading.device_for(models.device)
         if models.cpu_threads:
             torch.set_num_threads(models.cpu_threads)
-        self.residency = Residency(models, self.torch_device)
+        self.residency = Residency(models, self.torch_device, lora_budget=settings.loras.memory_budget_bytes)
         self.queue = DeviceQueue(self.residency.sweep, settings.queue.limit, settings.queue.per_key)
 
     def fetch(self, entry: Entry) -> Path:
@@ -66,11 +66,12 @@ class Device:
         dtype, notes = self._dtype(entry, plan)
         started = time.perf_counter()
         resident = self.residency.acquire(entry, path, dtype)
-        timing.load = 1000 * (time.perf_counter() - started)
         job.check()
         try:
+            loras = self.residency.adapt(resident, plan.loras)
+            timing.load = 1000 * (time.perf_counter() - started)
             plan = plan.model_copy(update={"notes": [*plan.notes, *notes]})
-            return denoise.generate(resident, plan, job.check, self.settings.models.max_batch, timing)
+            return denoise.generate(resident, plan, loras, job.check, self.settings.models.max_batch, timing)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # a CPU's way to say it
                 raise

@@ -23,9 +23,10 @@ from diffusers import DiffusionPipeline
 
 from core import problems
 from core.catalogue import Entry
-from core.generation import ResidentModel
+from core.generation import AppliedLora, PlannedLora, ResidentModel
 from core.settings import Models
 from runners import loading, weights
+from runners.adapters import Adapters
 
 log = logging.getLogger("easel.residency")
 Load = Callable[[Entry, Path, torch.dtype, torch.device], DiffusionPipeline]
@@ -41,10 +42,16 @@ class Resident:
     scheduler: Any
     txt2img: DiffusionPipeline
     img2img: DiffusionPipeline
-    bytes: int
+    adapters: Adapters
+    weights_bytes: int
     used: float
     load_s: float
     sha256: str
+
+    @property
+    def bytes(self) -> int:
+        """Of the model and the LoRAs beside it."""
+        return self.weights_bytes + self.adapters.bytes
 
 
 class Residency:
@@ -54,10 +61,11 @@ class Residency:
         settings: idle timeouts and the budget (bytes; by default four fifths of the device's memory).
         device: where models go.
         load: makes a pipeline from local files.
+        lora_budget: bytes that the LoRAs beside one model may take.
     """
 
-    def __init__(self, settings: Models, device: torch.device, load: Load = loading.load) -> None:
-        self.settings, self.device, self._load = settings, device, load
+    def __init__(self, settings: Models, device: torch.device, load: Load = loading.load, lora_budget: int = 2 * 1024**3) -> None:
+        self.settings, self.device, self._load, self.lora_budget = settings, device, load, lora_budget
         self.budget = settings.memory_budget_bytes or _device_memory(device) * 4 // 5
         self._residents: dict[tuple[str, torch.dtype], Resident] = {}
         self._states: dict[str, tuple[str, str | None]] = {}
@@ -102,7 +110,18 @@ class Residency:
         img2img.set_progress_bar_config(disable=True)
         measured = (_allocated(self.device) - before) if self.device.type == "cuda" else _tensor_bytes(txt2img)
         now = time.monotonic()
-        return Resident(entry, dtype, txt2img.scheduler, txt2img, img2img, measured, now, now - started, weights.sha256(path, entry.model.variant))
+        adapters = Adapters(txt2img, entry.id, self.lora_budget)
+        return Resident(entry, dtype, txt2img.scheduler, txt2img, img2img, adapters, measured, now, now - started, weights.sha256(path, entry.model.variant))
+
+    def adapt(self, resident: Resident, loras: list[PlannedLora]) -> list[AppliedLora]:
+        """Make exactly these LoRAs act on a model, and make room for them among the other models.
+
+        Raises:
+            Problem: see `Adapters.apply`.
+        """
+        applied = resident.adapters.apply(loras)
+        self._evict(0, keep=(resident.entry.id, resident.dtype))
+        return applied
 
     def sweep(self) -> None:
         """Unload what has been idle for its timeout."""
@@ -140,6 +159,7 @@ class Residency:
                 device=str(self.device),
                 torch_dtype=str(r.dtype).removeprefix("torch."),
                 resident_bytes=r.bytes,
+                loras=r.adapters.snapshot(),
                 last_used_s_ago=round(now - r.used, 3),
                 unload_in_s=round(max(0.0, self._timeout(r.entry) - (now - r.used)), 3),
             )

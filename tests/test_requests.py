@@ -40,7 +40,7 @@ def refusal(image: Pixels | None = None, **values: object) -> dict[str, str]:
         ("count_returned", 0), ("count_returned", 10_000), ("seed", -2), ("seed", 2**60), ("seed", "random"),
         ("strength", 0.5), ("strength", 7), ("scheduler", "Eulr"), ("torch_dtype", "int8"), ("format", "bmp"), ("quality", 0), ("quality", 101),
         ("seed", True), ("guidance_scale", False), ("prompt", "not \ufffd utf-8"),
-        ("clip_skip", 50), ("model_id", "starte"), ("deadline_s", 0), ("deadline_s", "nan"), ("lora", "pixel_art_style"),
+        ("clip_skip", 50), ("model_id", "starte"), ("deadline_s", 0), ("deadline_s", "nan"), ("lora", "no_such_lora"), ("lora", ""), ("lora_scale", 1), ("lora_scale", "nan"), ("lora_triggers", "maybe"), ("commercial", "perhaps"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_by_its_field_name(field: str, value: object) -> None:

@@ -1,0 +1,88 @@
+"""Accounting: each answer is written into the usage log, and GET /admin/usage reports from it."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import sqlite3
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+import mimeparse
+from fastapi import APIRouter, Query, Request
+from starlette.responses import JSONResponse, Response
+
+from core import settings
+from core.generation import Generation, Plan
+from core.problems import invalid_field, nearest, problem, unavailable
+from core.usage import GROUPS, Group, Ledger
+
+router = APIRouter(tags=["admin"])
+
+
+@lru_cache(maxsize=1)
+def ledger() -> Ledger | None:
+    """This process's log; None where usage.path is null."""
+    path = settings.load().usage.path
+    return Ledger(settings.beside_configuration(path)) if path else None
+
+
+async def record(plan: Plan, generation: Generation) -> None:
+    """Write a request down, off the event loop; never raises."""
+    if log := ledger():
+        await asyncio.to_thread(log.append, plan, generation)
+
+
+_CONTENT: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/csv": {}}}}
+
+
+@router.get("/admin/usage", response_class=Response, responses=_CONTENT)
+async def usage(
+    request: Request,
+    since: Annotated[datetime | None, Query(description="ISO 8601, included; UTC where it has no offset.")] = None,
+    until: Annotated[datetime | None, Query(description="ISO 8601, not included.")] = None,
+    group_by: Annotated[str, Query(description=f"Of {', '.join(GROUPS)}; several separated by commas; empty for the total.")] = "key,model,lora",
+    format: Annotated[Literal["json", "csv"] | None, Query(description="Instead of Accept.")] = None,
+) -> Response:
+    """Requests, pictures and picture-steps by key (hashed), model, LoRA, day (UTC) or commercial use (admin key)."""
+    log = ledger()
+    if log is None:
+        raise unavailable("There is no usage log: usage.path is null in configuration.yaml.", slug="usage-off")
+    groups, chosen = _groups(group_by), format or _negotiate(request.headers.get("accept", "*/*"))
+    since, until = (t.replace(tzinfo=t.tzinfo or UTC) if t else None for t in (since, until))
+    try:
+        lines = await asyncio.to_thread(log.report, since, until, groups)
+    except (sqlite3.Error, OSError) as error:
+        raise unavailable(f"The usage log cannot be read: {error}", slug="usage-unreadable") from error
+    rows = [{**line.group, "requests": line.requests, "pictures": line.pictures, "picture_steps": line.picture_steps} for line in lines]
+    if chosen == "json":
+        times = {name: t.isoformat() if t else None for name, t in (("since", since), ("until", until))}
+        return JSONResponse({**times, "group_by": groups, "usage": rows})
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [*groups, "requests", "pictures", "picture_steps"])
+    writer.writeheader()
+    writer.writerows(rows)
+    return Response(out.getvalue(), media_type="text/csv", headers={"Content-Disposition": 'attachment; filename="usage.csv"'})
+
+
+def _groups(text: str) -> list[Group]:
+    names = [name.strip() for name in text.split(",")] if text.strip() else []
+    found: list[Group] = [group for name in names for group in GROUPS if group == name]
+    for name in names:
+        if name not in GROUPS:
+            raise invalid_field("group_by", f"there is no group {name[:40]!r}{nearest(name, GROUPS)}", GROUPS, name)
+    if len(set(found)) < len(found):
+        raise invalid_field("group_by", "names a group more than once", GROUPS, text)
+    return found
+
+
+def _negotiate(accept: str) -> str:
+    try:
+        best = mimeparse.best_match(["text/csv", "application/json"], accept or "*/*")
+    except mimeparse.MimeTypeParseException:
+        best = "application/json"
+    if not best:
+        raise problem(406, "not-acceptable", "Not acceptable", "This can be had as application/json or text/csv.")
+    return "csv" if best == "text/csv" else "json"

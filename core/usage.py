@@ -1,0 +1,165 @@
+"""The usage log: which key had how many pictures made, with which model and LoRAs.
+
+An append-only SQLite file, written after each answer and read by GET /admin/usage. Keys stand in it
+by their hash, prompts do not. Failing to write is logged and never fails a request; a file that is
+corrupt is moved aside and a new one begun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from core.generation import Generation, Plan
+
+log = logging.getLogger("easel.usage")
+T = TypeVar("T")
+Group = Literal["key", "model", "lora", "day", "commercial"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+
+# One row a request, and one for each LoRA of it. The triggers keep what was written.
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS usage (
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL, pictures INTEGER NOT NULL,
+    width INTEGER NOT NULL, height INTEGER NOT NULL, steps INTEGER NOT NULL,
+    commercial INTEGER NOT NULL, commercial_use INTEGER NOT NULL, credit TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS usage_loras (
+    usage INTEGER NOT NULL REFERENCES usage (id), lora TEXT NOT NULL, weight REAL NOT NULL, sha256 TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS usage_at ON usage (at);
+CREATE INDEX IF NOT EXISTS usage_loras_usage ON usage_loras (usage);
+CREATE TRIGGER IF NOT EXISTS usage_kept BEFORE DELETE ON usage BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS usage_unchanged BEFORE UPDATE ON usage BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS usage_loras_kept BEFORE DELETE ON usage_loras BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS usage_loras_unchanged BEFORE UPDATE ON usage_loras BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+"""
+_COLUMNS: dict[Group, str] = {
+    "key": "u.key", "model": "u.model", "lora": "l.lora", "day": "date(u.at, 'unixepoch')", "commercial": "u.commercial",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a report. `group` has a value for each of the asked groups (None: no LoRA);
+    `picture_steps` is the sum of pictures times steps."""
+
+    group: dict[Group, str | None]
+    requests: int
+    pictures: int
+    picture_steps: int
+
+
+class Ledger:
+    """The log at `path`. Every process that answers requests may have one on the same file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+
+    def append(self, plan: Plan, generation: Generation) -> None:
+        """Write down what was drawn; whatever goes wrong is logged, not raised."""
+        ran = generation.ran
+        if ran is None:
+            return
+        row = (
+            time.time(), plan.client, ran.model_id, len(generation.pictures), ran.width, ran.height, ran.steps_run,
+            plan.commercial, ran.commercial_use, json.dumps(ran.credit, ensure_ascii=False),
+        )  # fmt: skip
+
+        def write(connection: sqlite3.Connection) -> None:
+            with connection:
+                added = connection.execute(
+                    "INSERT INTO usage (at, key, model, pictures, width, height, steps, commercial, commercial_use, credit) VALUES (?,?,?,?,?,?,?,?,?,?)", row
+                )
+                connection.executemany("INSERT INTO usage_loras VALUES (?,?,?,?)", [(added.lastrowid, x.name, x.weight, x.sha256) for x in ran.loras])
+
+        try:
+            self._use(write)
+        except (sqlite3.Error, OSError) as error:
+            log.error("a request of %s pictures is not in the usage log %s: %s", len(generation.pictures), self.path, error)
+
+    def report(self, since: datetime | None, until: datetime | None, groups: list[Group]) -> list[Line]:
+        """What was drawn from `since` on and before `until`, summed by `groups`, most pictures first.
+        By LoRA, a request with two counts for both.
+
+        Raises:
+            sqlite3.Error, OSError: where the log cannot be read.
+        """
+        columns = [_COLUMNS[group] for group in groups]
+        join = " LEFT JOIN usage_loras l ON l.usage = u.id" if "lora" in groups else ""
+        query = (
+            f"SELECT {''.join(c + ', ' for c in columns)}COUNT(*), COALESCE(SUM(u.pictures), 0), COALESCE(SUM(u.pictures * u.steps), 0)"
+            f" FROM usage u{join} WHERE u.at >= ? AND u.at < ?"
+            + (f" GROUP BY {', '.join(columns)} ORDER BY SUM(u.pictures) DESC, {', '.join(columns)}" if columns else "")
+        )
+        bounds = (since.timestamp() if since else 0.0, until.timestamp() if until else float("inf"))
+
+        def read(connection: sqlite3.Connection) -> list[tuple[Any, ...]]:
+            return connection.execute(query, bounds).fetchall()
+
+        def shown(group: Group, value: Any) -> str | None:
+            return str(bool(value)).lower() if group == "commercial" else value
+
+        size = len(groups)
+        return [Line({g: shown(g, v) for g, v in zip(groups, row[:size], strict=True)}, *row[size:]) for row in self._use(read)]
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _use(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """`work` on the open file; once more on a new one where it is corrupt or was taken away."""
+        with self._lock:
+            if self._connection is not None and not self.path.exists():
+                self._close()
+            try:
+                return work(self._open())
+            except sqlite3.DatabaseError as error:
+                self._close()
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                    raise
+                self._move_aside(error)
+                return work(self._open())
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(self.path, timeout=5, check_same_thread=False)
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.executescript(_SCHEMA)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.close()
+            self._connection = None
+
+    def _move_aside(self, error: sqlite3.DatabaseError) -> None:
+        aside = next(p for p in self._names_aside() if not p.exists())
+        log.error("the usage log %s is corrupt (%s); it is now %s, and a new one begins", self.path, error, aside)
+        self.path.rename(aside)
+        for end in ("-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                self.path.with_name(self.path.name + end).rename(aside.with_name(aside.name + end))
+
+    def _names_aside(self) -> Iterator[Path]:
+        stamp, number = time.strftime("%Y%m%dT%H%M%S"), 0
+        while True:
+            yield self.path.with_name(f"{self.path.name}.corrupt-{stamp}-{number}")
+            number += 1

@@ -1,0 +1,118 @@
+"""The usage log: what it counts, that it only grows, and that no fault of its file fails a request."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from core.catalogue import Catalogue
+from core.generation import AppliedLora, Generation, GenerationRequest, Pixels, Plan, Ran, Timing
+from core.settings import Model, Models, Settings
+from core.usage import Ledger, Line
+
+CATALOGUE = Catalogue(Settings(models=Models(default="m", catalogue=[Model(id="m", family="starter", commercial_use=True)])))
+
+
+def plan(client: str = "k1", commercial: bool = False) -> Plan:
+    return CATALOGUE.plan(GenerationRequest(prompt="secret words", commercial=commercial), None, client)
+
+
+def drawn(pictures: int = 1, loras: tuple[str, ...] = (), steps: int = 25) -> Generation:
+    applied = [AppliedLora(name=n, weight=1, sha256="0" * 64, layers=1, unmatched=0, commercial_use=True, credit=None) for n in loras]
+    ran = Ran(
+        model_id="m", family="starter", scheduler="Euler", schedule=None, torch_dtype="float32", device="cpu", num_inference_steps=steps, steps_run=steps,
+        guidance_scale=5, width=1, height=1, clip_skip=0, loras=applied, strength=None, prompt="secret words", negative_prompt="", prompt_tokens=2,
+        prompt_tokens_cut=0, licence="L", commercial_use=True, notes=[], libraries={}, timing=Timing(), model_sha256="f" * 64,
+    )  # fmt: skip
+    return Generation(pictures=[Pixels(width=1, height=1, data=b"abc")] * pictures, seeds=list(range(pictures)), ran=ran)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "usage.sqlite3")
+
+
+def total(ledger: Ledger) -> Line:
+    return ledger.report(None, None, [])[0]
+
+
+def test_pictures_are_counted_by_key_model_and_lora(ledger: Ledger) -> None:
+    ledger.append(plan("k1"), drawn(2, ("a", "b"), steps=10))
+    ledger.append(plan("k1", commercial=True), drawn(3))
+    ledger.append(plan("k2"), drawn(1, ("a",)))
+    assert total(ledger) == Line({}, 3, 6, 2 * 10 + 3 * 25 + 25)
+    assert ledger.report(None, None, ["key"]) == [Line({"key": "k1"}, 2, 5, 95), Line({"key": "k2"}, 1, 1, 25)]
+    assert {line.group["lora"]: line.pictures for line in ledger.report(None, None, ["lora"])} == {"a": 3, "b": 2, None: 3}
+    assert {line.group["commercial"]: line.pictures for line in ledger.report(None, None, ["commercial"])} == {"true": 3, "false": 3}
+    today = datetime.now(UTC).date()
+    assert {line.group["day"] for line in ledger.report(None, None, ["day"])} <= {str(today), str(today - timedelta(1))}
+    assert len(ledger.report(None, None, ["key", "model", "lora"])) == 4
+
+
+def test_a_report_is_bounded_in_time(ledger: Ledger) -> None:
+    before = datetime.now(UTC)
+    ledger.append(plan(), drawn())
+    after = datetime.now(UTC) + timedelta(seconds=1)
+    assert ledger.report(before, after, [])[0].pictures == 1
+    assert ledger.report(None, before, [])[0].pictures == 0
+    assert ledger.report(after, None, ["key"]) == []
+
+
+def test_nothing_written_can_be_changed_and_no_prompt_is_written(ledger: Ledger) -> None:
+    ledger.append(plan(), drawn(1, ("a",)))
+    ledger.close()
+    with sqlite3.connect(ledger.path) as connection:
+        for statement in ("DELETE FROM usage", "UPDATE usage SET pictures = 0", "DELETE FROM usage_loras", "UPDATE usage_loras SET lora = 'x'"):
+            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                connection.execute(statement)
+    assert b"secret" not in ledger.path.read_bytes()
+
+
+def test_a_failure_draws_no_line(ledger: Ledger) -> None:
+    ledger.append(plan(), Generation())
+    assert total(ledger).requests == 0
+
+
+def test_processes_and_threads_lose_nothing(ledger: Ledger) -> None:
+    ledgers = [ledger, Ledger(ledger.path)]
+    threads = [threading.Thread(target=lambda one=one: [one.append(plan(), drawn()) for _ in range(20)]) for one in ledgers * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert total(ledger).pictures == 80
+
+
+@pytest.mark.parametrize("fault", ["from the start", "later"])
+def test_a_corrupt_file_is_moved_aside(ledger: Ledger, caplog: pytest.LogCaptureFixture, fault: str) -> None:
+    if fault == "later":
+        ledger.append(plan(), drawn())
+        ledger.close()
+    content = b"this is no database" * 500
+    ledger.path.write_bytes(content)
+    with caplog.at_level(logging.ERROR):
+        ledger.append(plan(), drawn(2))
+    assert total(ledger).pictures == 2
+    aside = list(ledger.path.parent.glob("usage.sqlite3.corrupt-*"))
+    assert [p.read_bytes() for p in aside if not p.name.endswith(("-wal", "-shm"))] == [content]
+    assert "corrupt" in caplog.text
+
+
+def test_a_file_taken_away_is_begun_anew(ledger: Ledger) -> None:
+    ledger.append(plan(), drawn())
+    for path in ledger.path.parent.glob("usage.sqlite3*"):
+        path.unlink()
+    ledger.append(plan(), drawn(3))
+    assert total(ledger).pictures == 3
+
+
+def test_a_log_that_cannot_be_written_is_logged_and_fails_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "folder").mkdir()
+    with caplog.at_level(logging.ERROR):
+        Ledger(tmp_path / "folder").append(plan(), drawn())
+    assert "not in the usage log" in caplog.text
