@@ -227,6 +227,7 @@ def test_a_wait_that_is_too_long_is_told_at_once(fake: FakeCivitai, tmp_path: Pa
         ((10**12).to_bytes(8, "little") + b"{}", "lora-not-safetensors", "no whole safetensors"),
         (weights(key="model.diffusion_model.weight"), "lora-not-a-lora", "model.diffusion_model.weight"),
         (weights(key="lokr_like.lokr_w1"), "lora-not-a-lora", "lokr"),
+        (weights(key="lora_unet_mid_block_0.dora_scale"), "lora-not-a-lora", "dora_scale"),
         (b"", "lora-not-safetensors", "no whole safetensors"),
     ],
 )

@@ -168,7 +168,7 @@ def test_what_civitai_has_but_easel_does_not_take(fake: FakeCivitai, tmp_path: P
     assert fake.downloads() == []
 
 
-@pytest.mark.parametrize("kind", ["LORA", "LoCon", "DoRA"])
+@pytest.mark.parametrize("kind", ["LORA", "LoCon"])
 def test_the_kinds_that_are_taken(fake: FakeCivitai, tmp_path: Path, kind: str) -> None:
     fake.add(1, "Style", type=kind)
     add(installer(fake, tmp_path), "style")

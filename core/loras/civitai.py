@@ -21,7 +21,7 @@ from core.loras.registry import Lora, is_name
 from core.problems import Problem, invalid_field, problem
 from core.settings import Settings
 
-TYPES = ("LORA", "LoCon", "DoRA")
+TYPES = ("LORA", "LoCon")
 SEARCH_PAGES = 3
 _PAGE = re.compile(r"/models/(\d+)(?:/[^/]*)?/?")
 _DOWNLOAD = re.compile(r"/api/download/models/(\d+)/?")

@@ -224,9 +224,9 @@ def check_weights(path: Path, status: int) -> None:
             start = file.read(16)
         what = "a ZIP or PyTorch pickle file" if start.startswith((b"PK", b"\x80")) else "a web page" if start.lstrip().startswith(b"<") else str(error)[:120]
         raise problem(status, "lora-not-safetensors", "Not a safetensors file", f"The file is no whole safetensors file: {what}. Pickled weights are refused, since loading them runs code.") from None
-    if any("lora" in name.lower() for name in names):
+    other = next((kind for kind in ("dora_scale", "lora_magnitude_vector", "hada", "lokr", "oft_", "emb_params") if any(kind in name for name in names)), None)
+    if not other and any("lora" in name.lower() for name in names):
         return
-    other = next((kind for kind in ("hada", "lokr", "oft_", "emb_params") if any(kind in name for name in names)), None)
     detail = f"of the kind {other!r}, which is not supported" if other else f"but has none of a LoRA (it begins with {names[0][:80]!r})" if names else "but is empty"
     raise problem(status, "lora-not-a-lora", "Not a LoRA", f"The file has weights {detail}.")
 
