@@ -21,6 +21,7 @@ keys: .venv/serve.stamp  ## write API keys into .env where there are none, and s
 
 bench: .venv/test.stamp  ## measure against raw diffusers; writes bench/results.md
 	$(BIN)/python bench/overhead.py
+	$(BIN)/python bench/unidiffuser.py
 
 lock: .venv/python.stamp  ## resolve pyproject.toml anew into requirements.lock and requirements-dev.lock
 	rm -rf .venv/lock && $(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install -q -U pip

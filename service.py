@@ -1,7 +1,7 @@
 """The Bento: the services and how they are wired.
 
-`bentoml serve` starts the entry with its runner on one port; `bentoml serve service:StableDiffusion
--p 1234` starts the runner alone with the same routes.
+`bentoml serve` starts the entry with its runners on one port; `bentoml serve service:StableDiffusion
+-p 1234` and `bentoml serve service:UniDiffuser -p 8000` start one runner alone with the same routes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 from yaml import YAMLError
 
-from api import app, gate, typed
+from api import app, gate, multimodal, typed
 from core import settings
 from core.auth import Keys, NoKeys
 from core.draining import Draining
+from core.settings import Queue
 from runners.diffusion import DiffusionRunner
 
 try:
@@ -27,33 +28,51 @@ except (NoKeys, FileNotFoundError, ValidationError, SettingsError, YAMLError) as
     raise SystemExit(f"Easel cannot start. {error}") from None
 http = app.build(configured)
 draining = Draining(configured.server.grace_s, linger_s=1.0)
-# BentoML's own timeout leaves work running behind it; ours (deadline_s) ends it, and comes first.
+unidiffuser = configured.unidiffuser
 common: dict[str, Any] = {
-    "workers": 1,
-    "traffic": {"timeout": configured.queue.deadline_s + 60},
+    "workers": 1,  # one process owns a device, and a cancel finds the job there
     "http": {"host": configured.server.host, "port": configured.server.port},
     "runner_probe": {"enabled": False},
 }
-gpus = configured.stable_diffusion.gpu
-if gpus is None:
-    gpus = min(1, len(system_resources()["nvidia.com/gpu"]))
 
 
-@bentoml.service(name="StableDiffusion", resources={"gpu": gpus} if gpus else {}, **common)
+def traffic(*queues: Queue | None) -> dict[str, float]:
+    """BentoML's own timeout leaves work running behind it; ours (deadline_s) ends it, and comes first."""
+    return {"timeout": max(q.deadline_s for q in (*queues, configured.queue) if q) + 60}
+
+
+def gpu(setting: float | None) -> dict[str, float]:
+    """As configured; else one GPU for each runner, half of it where there is only one for both."""
+    there = len(system_resources()["nvidia.com/gpu"])
+    share = setting if setting is not None else min(1, there / 2)
+    return {"gpu": share} if share else {}
+
+
+@bentoml.service(name="StableDiffusion", resources=gpu(configured.stable_diffusion.gpu), traffic=traffic(), **common)
 @bentoml.asgi_app(http)
 class StableDiffusion(typed.TypedApis, DiffusionRunner):
     """Stable Diffusion on one device."""
 
     def __init__(self) -> None:
-        self.start("StableDiffusion", configured, draining)
+        self.start("StableDiffusion", configured, configured.models, draining)
 
 
-@bentoml.service(name="ImageGeneration", **common)
+@bentoml.service(name="UniDiffuser", resources=gpu(unidiffuser.gpu), traffic=traffic(unidiffuser.queue), **common)
 @bentoml.asgi_app(http)
-class ImageGeneration(typed.TypedApis):
+class UniDiffuser(multimodal.MultimodalApis, DiffusionRunner):
+    """UniDiffuser on one device."""
+
+    def __init__(self) -> None:
+        self.start("UniDiffuser", configured, unidiffuser, draining)
+
+
+@bentoml.service(name="ImageGeneration", traffic=traffic(unidiffuser.queue), **common)
+@bentoml.asgi_app(http)
+class ImageGeneration(typed.TypedApis, multimodal.MultimodalApis):
     """The entry: every contract on one port."""
 
     stable_diffusion = bentoml.depends(StableDiffusion)
+    unidiffuser = bentoml.depends(UniDiffuser)
 
     @bentoml.on_startup
     async def begin(self) -> None:
@@ -61,5 +80,5 @@ class ImageGeneration(typed.TypedApis):
 
 
 door: dict[str, Any] = {"settings": configured, "keys": keys, "http": http, "draining": draining}
-StableDiffusion.add_asgi_middleware(gate.Gate, **door)
-ImageGeneration.add_asgi_middleware(gate.Gate, **door)
+for service in (StableDiffusion, UniDiffuser, ImageGeneration):
+    service.add_asgi_middleware(gate.Gate, **door)

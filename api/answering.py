@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from core import images, metadata
 from core.generation import Generation, GenerationRequest, ImageFormat, Ran
+from core.multimodal import PicturesRequest
 from core.problems import problem
 
 _IMAGES: dict[str, ImageFormat] = {"image/webp": "webp", "image/jpeg": "jpeg", "image/png": "png"}
@@ -35,7 +36,7 @@ class GenerationResponse(BaseModel):
     ran: Ran
 
 
-def choose(accept: str, request: GenerationRequest) -> tuple[str, ImageFormat]:
+def choose(accept: str, request: GenerationRequest | PicturesRequest) -> tuple[str, ImageFormat]:
     """The media type to answer with and the pictures' format.
 
     An `Accept` that names a picture type chooses the format, unless `format` was asked for.
@@ -45,15 +46,23 @@ def choose(accept: str, request: GenerationRequest) -> tuple[str, ImageFormat]:
     """
     asked = "format" in request.model_fields_set
     own = images.MEDIA_TYPES[request.format]
-    # The last of equals wins: the request's own format, before others.
-    offers = [*reversed(_OTHERS), *(() if asked else _IMAGES), own]
-    try:
-        best = mimeparse.best_match(offers, accept or "*/*")
-    except mimeparse.MimeTypeParseException:
-        best = own
-    if not best:
-        raise problem(406, "not-acceptable", "Not acceptable", f"This can be had as {', '.join(dict.fromkeys(reversed(offers)))}.")
+    best = negotiate(accept, [own, *(() if asked else reversed(_IMAGES)), *_OTHERS])
     return best, _IMAGES.get(best, request.format)
+
+
+def negotiate(accept: str, offers: list[str]) -> str:
+    """The media type that `accept` likes best; of equals, the first.
+
+    Raises:
+        Problem: 406 where it likes none.
+    """
+    try:
+        best = mimeparse.best_match(offers[::-1], accept or "*/*")
+    except mimeparse.MimeTypeParseException:
+        best = offers[0]
+    if not best:
+        raise problem(406, "not-acceptable", "Not acceptable", f"This can be had as {', '.join(dict.fromkeys(offers))}.")
+    return str(best)
 
 
 async def answer(generation: Generation, request: GenerationRequest, accept: str, embed: bool) -> Response:
@@ -62,7 +71,7 @@ async def answer(generation: Generation, request: GenerationRequest, accept: str
     return await asyncio.to_thread(_build, generation, media_type, format, request.quality, embed)
 
 
-async def as_json(generation: Generation, request: GenerationRequest, embed: bool) -> GenerationResponse:
+async def as_json(generation: Generation, request: GenerationRequest | PicturesRequest, embed: bool) -> GenerationResponse:
     """The JSON answer as a model, for the typed APIs."""
     assert generation.ran is not None
     files = await asyncio.to_thread(_encode_all, generation, request.format, request.quality, embed)

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import loras, models, seed, typed, usage
+from api import loras, models, multimodal, seed, typed, usage
 from core import __version__
 from core.catalogue import Catalogue
 from core.problems import MEDIA_TYPE, FieldError, Problem, ProblemDetails, invalid, problem, shown
@@ -42,7 +42,7 @@ def build(settings: Settings) -> FastAPI:
     """The application for these settings."""
     app = FastAPI(
         title="Easel",
-        description="Pictures from Stable Diffusion, SDXL and Flux, behind API keys and a queue.",
+        description="Pictures from Stable Diffusion, SDXL and Flux; pictures, captions and embeddings from UniDiffuser; behind API keys and a queue.",
         version=__version__,
         dependencies=_SECURITY,
         responses={code: {"description": text, "model": ProblemDetails} for code, text in _ERRORS.items()},
@@ -54,7 +54,7 @@ def build(settings: Settings) -> FastAPI:
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
-    for contract in (seed, models, typed, loras, usage):
+    for contract in (seed, multimodal, models, typed, loras, usage):
         app.include_router(contract.router)
     return app
 

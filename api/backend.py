@@ -1,4 +1,4 @@
-"""From a contract to the runner and back: the current service itself, or its dependency.
+"""From a contract to its runner and back: the current service itself, or its dependency.
 
 Waits for a picture while watching the client and the runner: work whose client has gone is
 cancelled, and a runner that died gives a clear 503 instead of a hanging call.
@@ -10,16 +10,19 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import bentoml
 from starlette.requests import Request
 
 from core.generation import Generation, Plan, RunnerStatus
-from core.problems import Problem, cancelled, unavailable
+from core.problems import Problem, cancelled, problem, unavailable
 
 log = logging.getLogger("easel.api")
 T = TypeVar("T")
+Service = Literal["StableDiffusion", "UniDiffuser"]
+# By the names of the entry's dependencies.
+SERVICES: dict[Service, str] = {"StableDiffusion": "stable_diffusion", "UniDiffuser": "unidiffuser"}
 PROBE_EVERY_S = 2.0
 PROBE_TIMEOUT_S = 3.0
 PROBES_MISSED = 2  # a machine under load may be late once; a dead runner stays so
@@ -29,16 +32,31 @@ ATTEMPTS = 2
 class Runner(Protocol):
     """What api needs of a runner service."""
 
-    async def generate(self, plan: Plan) -> Generation: ...
+    async def run(self, plan: Plan) -> Generation: ...
     async def cancel(self, plan_id: str) -> bool: ...
     async def unload(self, model_id: str) -> int: ...
     async def status(self) -> RunnerStatus: ...
 
 
-def runner() -> Runner:
-    """The Stable Diffusion runner: a dependency of the entry service, or this very service."""
+def runners() -> dict[Service, Runner]:
+    """The runners that are served here: the entry's dependencies, or this very service."""
     service: Any = bentoml.get_current_service()
-    return cast(Runner, getattr(service, "stable_diffusion", None) or _Here(service))
+    if alone := getattr(service, "name", None):
+        return {alone: cast(Runner, _Here(service))}
+    return {name: cast(Runner, getattr(service, attribute)) for name, attribute in SERVICES.items()}
+
+
+def runner(name: Service) -> Runner:
+    """One of them.
+
+    Raises:
+        Problem: 404 where another runner is served alone here.
+    """
+    here = runners()
+    if name not in here:
+        detail = f"This is served by {name}; {next(iter(here))} runs alone here. Start `bentoml serve` for both, or `bentoml serve service:{name}`."
+        raise problem(404, "not-served-here", "Not served here", detail)
+    return here[name]
 
 
 class _Here:
@@ -52,26 +70,29 @@ class _Here:
         return getattr(self._service, name).local
 
 
-async def status() -> RunnerStatus:
-    """The runner's status.
+async def statuses() -> dict[Service, RunnerStatus | Problem]:
+    """Each runner's status, or the 503 where it does not answer in time."""
+    here = runners()
+    answers = await asyncio.gather(*(_answer(r.status) for r in here.values()), return_exceptions=True)
+    found: dict[Service, RunnerStatus | Problem] = {}
+    for name, answer in zip(here, answers, strict=True):
+        if isinstance(answer, BaseException) and not isinstance(answer, Problem):
+            raise answer
+        found[name] = answer
+    return found
+
+
+async def unload(name: Service, model_id: str) -> int:
+    return await runner(name).unload(model_id)
+
+
+async def generate(plan: Plan, request: Request | None, name: Service = "StableDiffusion") -> Generation:
+    """Have a plan done. Without a request (a call within this process) nobody can leave.
 
     Raises:
-        Problem: 503 where it does not answer in time.
+        Problem: what the runner says; 503 where it is gone; 499 where the client is; 404 where it is not here.
     """
-    return await _answer(runner().status)
-
-
-async def unload(model_id: str) -> int:
-    return await runner().unload(model_id)
-
-
-async def generate(plan: Plan, request: Request | None) -> Generation:
-    """Have a plan drawn. Without a request (a call within this process) nobody can leave.
-
-    Raises:
-        Problem: what the runner says; 503 where it is gone; 499 where the client is.
-    """
-    target = runner()
+    target = runner(name)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         generation = await _watched(target, plan, gone)
@@ -118,7 +139,7 @@ async def _submit(target: Runner, plan: Plan) -> Generation:
     the first call is not run as well."""
     for attempt in range(ATTEMPTS):
         try:
-            return await _reach(target.generate(plan))
+            return await _reach(target.run(plan))
         except Problem:
             if attempt + 1 == ATTEMPTS:
                 raise

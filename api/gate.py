@@ -11,7 +11,7 @@ import ipaddress
 import json
 import logging
 import uuid
-from typing import Any
+from typing import Any, get_args
 
 from bentoml._internal.context import server_context
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +20,7 @@ from api import backend
 from core import problems
 from core.auth import Caller, Keys
 from core.draining import Draining
+from core.generation import RunnerStatus, Task
 from core.problems import MEDIA_TYPE, Problem, problem
 from core.settings import Settings
 
@@ -30,7 +31,7 @@ UPLOAD_PATH = "/admin/loras/upload"
 FORM_BYTES = 1024 * 1024  # what a form may have beside its file
 # Public path to the contracts' own: typed calls, which BentoML would parse unsafely, and BentoML's
 # document, which knows less than ours.
-TYPED = ("/txt2img", "/img2img", "/add_lora", "/remove_lora", "/list_loras")
+TYPED = ("/txt2img", "/img2img", "/add_lora", "/remove_lora", "/list_loras", *(f"/{task}" for task in get_args(Task)))
 DIRECT = {**{path: path for path in TYPED}, "/docs.json": "/openapi.json"}
 
 
@@ -44,6 +45,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, *, settings: Settings, keys: Keys, http: ASGIApp, draining: Draining) -> None:
         self.app, self.http, self.settings, self.keys, self.draining = app, http, settings, keys, draining
+        self._met: set[str] = set()
         self.public = {"/metrics"} if settings.auth.public_metrics else set()
         if settings.auth.public_docs:
             self.public |= {"/docs", "/openapi.json", "/docs.json", "/docs/oauth2-redirect"}
@@ -90,10 +92,19 @@ class Gate:
     async def _ready(self, answer: _Answer) -> None:
         if self.draining.active:
             raise self.draining.refuse()
-        status = await backend.status()
-        if not status.ready:
+        """Ready: every runner has been ready once, and one is now. A runner that is lost later on does
+        not keep requests from the other; its own routes answer 503 until it is back."""
+        found = await backend.statuses()
+        self._met |= {name for name, status in found.items() if isinstance(status, RunnerStatus) and status.ready}
+        states = {
+            name: "down" if isinstance(status, Problem) else "ready" if status.ready else "warming up" for name, status in found.items()
+        }
+        if "warming up" in states.values():
             raise problems.unavailable("Models are being warmed up.", retry_after=5, slug="warming-up")
-        await answer.json(200, {"status": "ready"})
+        if "ready" not in states.values() or set(states) - self._met:
+            down = ", ".join(name for name, state in states.items() if state == "down")
+            raise problems.unavailable(f"Not answering: {down}.", retry_after=5, slug="runner-gone")
+        await answer.json(200, {"status": "ready", "runners": states})
 
     def _admit(self, scope: Scope) -> Caller:
         """Who calls.

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from api import backend
+from api import backend, multimodal
 from core.adapters import MAX_WEIGHT
 from core.catalogue import Catalogue
-from core.generation import RunnerStatus
-from core.problems import invalid_field, nearest
+from core.generation import RunnerDown, RunnerStatus
+from core.problems import Problem, invalid_field, nearest
 from core.settings import Settings
 
 router = APIRouter(tags=["models"])
@@ -39,35 +39,55 @@ async def capabilities(request: Request) -> dict[str, Any]:
     """Per model: modes, limits, schedulers, precisions, licence, and whether it is in memory."""
     catalogue: Catalogue = request.app.state.catalogue
     settings: Settings = request.app.state.settings
-    status = await backend.status()
-    states = {model.model_id: model.state for model in status.models}
-    models = [
-        entry.capabilities(settings.limits) | {"loras": catalogue.loras_for(entry), "state": states.get(entry.id, "cold")}
-        for entry in catalogue.entries.values()
-    ]
+    found = await backend.statuses()
     return {
-        "default": settings.models.default,
-        "allow_unlisted": settings.models.allow_unlisted,
-        "device": status.device,
+        **_offer(catalogue, found.get("StableDiffusion")),
         "formats": ["png", "jpeg", "webp"],
         "loras": {"max": settings.limits.loras, "weight": {"default": 1, "min": -MAX_WEIGHT, "max": MAX_WEIGHT}},
-        "models": models,
+        "unidiffuser": _offer(multimodal.catalogue(), found.get("UniDiffuser")) | {"images": settings.limits.images},
     }
 
 
+def _offer(catalogue: Catalogue, status: RunnerStatus | Problem | None) -> dict[str, Any]:
+    """What a runner's models can do; `device` is null where the runner is not here, or down."""
+    here = status if isinstance(status, RunnerStatus) else None
+    states = {model.model_id: model.state for model in here.models} if here else {}
+    return {
+        "default": catalogue.models.default,
+        "allow_unlisted": catalogue.models.allow_unlisted,
+        "device": here and here.device,
+        "models": [
+            entry.capabilities(catalogue.settings.limits) | {"loras": catalogue.loras_for(entry), "state": states.get(entry.id, "cold")}
+            for entry in catalogue.entries.values()
+        ],
+    }
+
+
+class BufferStatus(RunnerStatus):
+    """The first runner's status as the seed's users know it, and every runner's in `runners`."""
+
+    runners: list[RunnerStatus | RunnerDown]
+
+
 @router.get("/buffer_status")
-async def buffer_status() -> RunnerStatus:
+async def buffer_status() -> BufferStatus:
     """Each model's state, bytes and seconds until it is unloaded, and the queue."""
-    return await backend.status()
+    found = await backend.statuses()
+    runners = [status if isinstance(status, RunnerStatus) else RunnerDown(service=name, problem=status.details) for name, status in found.items()]
+    for status in found.values():
+        if isinstance(status, RunnerStatus):
+            return BufferStatus(**dict(status), runners=runners)
+    raise next(status for status in found.values() if isinstance(status, Problem))
 
 
 @router.post("/admin/unload")
 async def unload(request: Request, model_id: Annotated[str, Query(max_length=300)] = "") -> dict[str, int]:
     """Unload a model, or all, once the work in hand is done (admin key)."""
-    catalogue: Catalogue = request.app.state.catalogue
+    catalogues = {"StableDiffusion": request.app.state.catalogue, "UniDiffuser": multimodal.catalogue()}
     for name in request.query_params:
         if name != "model_id":  # passing over a misspelt one would unload every model
             raise invalid_field(name[:80], f"unknown parameter{nearest(name, ['model_id'])}", ["model_id"])
-    if model_id:
-        catalogue.find(model_id)
-    return {"unloaded": await backend.unload(model_id)}
+    if model_id and not any(model_id in catalogue.entries for catalogue in catalogues.values()):
+        catalogues["StableDiffusion"].find(model_id)
+    unloaded = [await backend.unload(name, model_id) for name, status in (await backend.statuses()).items() if isinstance(status, RunnerStatus)]
+    return {"unloaded": sum(unloaded)}

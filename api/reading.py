@@ -1,4 +1,4 @@
-"""From an HTTP request to a `GenerationRequest` and a safe picture.
+"""From an HTTP request to a checked model (a `GenerationRequest`, say) and safe pictures.
 
 Parameters may stand in the query, a form or a JSON object, each name once. A file is only taken
 from a multipart part; a string where a file belongs (a URL, say) is refused, never fetched.
@@ -20,7 +20,6 @@ from core.generation import GenerationRequest, Pixels
 from core.problems import from_validation, invalid_field, nearest, problem
 from core.settings import Limits
 
-PARAMETERS = tuple(GenerationRequest.model_fields)
 Checked = TypeVar("Checked", bound=BaseModel)
 _BODIES = "multipart/form-data, application/x-www-form-urlencoded, application/json"
 
@@ -31,21 +30,29 @@ async def read(request: Request, limits: Limits, image: bool = True) -> tuple[Ge
     Raises:
         Problem: 400 for a body that cannot be read, 413, 415, or 422 naming each wrong field.
     """
+    parsed, uploads = await read_as(GenerationRequest, request, int(image))
+    return parsed, await asyncio.to_thread(images.decode, uploads[0], limits) if uploads else None
+
+
+async def read_as(kind: type[Checked], request: Request, most: int) -> tuple[Checked, list[bytes]]:
+    """The request as `kind`, and its uploads, at most so many.
+
+    Raises:
+        Problem: as `read`.
+    """
     values: dict[str, Any] = {}
     _take(values, request.query_params.multi_items())
-    upload: bytes | None = None
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        upload = await _read_form(request, values, image)
-    elif kind == "application/json":
+    uploads: list[bytes] = []
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        uploads = await _read_form(request, values, most)
+    elif media_type == "application/json":
         _take(values, (await read_json(request)).items())
     elif body := await request.body():
-        raise problem(415, "unsupported-media-type", "Unsupported media type", f"The body ({len(body)} bytes) has the type {kind[:80] or 'none'!r}; allowed: {_BODIES}.")
+        raise problem(415, "unsupported-media-type", "Unsupported media type", f"The body ({len(body)} bytes) has the type {media_type[:80] or 'none'!r}; allowed: {_BODIES}.")
     if "image" in values:
         raise invalid_field("image", "must be a file, not text", "a multipart file part", values["image"])
-    parsed = parse(values)
-    pixels = await asyncio.to_thread(images.decode, upload, limits) if upload is not None else None
-    return parsed, pixels
+    return check(kind, values), uploads
 
 
 def parse(values: dict[str, Any]) -> GenerationRequest:
@@ -72,10 +79,10 @@ def _take(values: dict[str, Any], items: Any) -> None:
         values[name] = value
 
 
-async def _read_form(request: Request, values: dict[str, Any], image: bool) -> bytes | None:
-    upload = None
+async def _read_form(request: Request, values: dict[str, Any], most: int) -> list[bytes]:
+    uploads: list[bytes] = []
     try:
-        form = await request.form(max_files=4, max_fields=100)
+        form = await request.form(max_files=most + 3, max_fields=100)
     except HTTPException as error:
         raise problem(400, "bad-form", "Malformed form", f"The form cannot be read: {error.detail}") from None
     except (ValueError, KeyError, RuntimeError):
@@ -84,16 +91,16 @@ async def _read_form(request: Request, values: dict[str, Any], image: bool) -> b
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
                 _take(values, [(name, _plain(value))])
-            elif name != "image" or not image:
-                message = f"unknown file{nearest(name, ['image'])}" if image else "takes no file here"
-                raise invalid_field(name[:80] or "file", message, ["image"] if image else None)
-            elif upload is not None:
-                raise invalid_field("image", "is given more than once", "once")
+            elif name != "image" or not most:
+                message = f"unknown file{nearest(name, ['image'])}" if most else "takes no file here"
+                raise invalid_field(name[:80] or "file", message, ["image"] if most else None)
+            elif len(uploads) == most:
+                raise invalid_field("image", "is given more than once", "once") if most == 1 else invalid_field("image", "is given too often", f"at most {most} times")
             else:
-                upload = await value.read()
+                uploads.append(await value.read())
     finally:
         await form.close()
-    return upload
+    return uploads
 
 
 def _plain(text: str) -> str | None:

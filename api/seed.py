@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from api import answering, backend, reading, usage
@@ -15,18 +16,20 @@ from core.settings import Settings
 router = APIRouter(tags=["generation"])
 
 
-def _documented() -> dict[str, Any]:
-    """GenerationRequest's fields as query parameters, and the optional image, for the OpenAPI document."""
-    schema = GenerationRequest.model_json_schema()
+def documented(model: type[BaseModel], image: dict[str, Any] | None) -> dict[str, Any]:
+    """A model's fields as query parameters, and the schema of the image part, for the OpenAPI document."""
+    schema = model.model_json_schema()
     parameters = [
-        {"name": name, "in": "query", "required": name in schema["required"], "description": field.pop("description", ""), "schema": field}
+        {"name": name, "in": "query", "required": name in schema.get("required", ()), "description": field.pop("description", ""), "schema": field}
         for name, field in schema["properties"].items()
     ]
-    image = {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}}
-    return {"parameters": parameters, "requestBody": {"required": False, "content": {"multipart/form-data": {"schema": image}}}}
+    if image is None:
+        return {"parameters": parameters}
+    form = {"type": "object", "properties": {"image": image}}
+    return {"parameters": parameters, "requestBody": {"required": False, "content": {"multipart/form-data": {"schema": form}}}}
 
 
-_ANSWERS: dict[int | str, dict[str, Any]] = {
+PICTURES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One picture, or for several a contact sheet, ZIP, multipart or JSON by Accept.",
         "content": {
@@ -37,7 +40,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post("/post_config", response_class=Response, responses=_ANSWERS, openapi_extra=_documented())
+@router.post("/post_config", response_class=Response, responses=PICTURES, openapi_extra=documented(GenerationRequest, {"type": "string", "format": "binary"}))
 async def post_config(request: Request) -> Response:
     """Draw pictures from a prompt, and from an input image where one is sent."""
     settings: Settings = request.app.state.settings

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,6 +42,7 @@ from PIL import Image, ImageChops
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, PROMPT, SECTION = "starter/stable-diffusion", "red apple on a table", "## Overhead over HTTP"
 ASKED = {"prompt": PROMPT, "model_id": MODEL, "num_inference_steps": 25, "guidance_scale": 5.0}
+POST = "/post_config"
 CLIENTS = (1, 8)
 REPLY_S = 300.0  # the longest wait for one answer, of the server or of the raw loop
 
@@ -78,7 +80,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes started here end too
     load = os.getloadavg()[0]
     with Server() as server:
-        raw = RawLoop(server.ran)
+        server.start_with(POST, {**ASKED, "seed": 0})
+        raw = RawLoop(__file__, server.ran)
         with contextlib.closing(raw):
             difference = same_picture(server.first, raw)
             measured = measure(server, raw, rounds, pictures, time.monotonic() + options.limit_s)
@@ -106,8 +109,8 @@ def measure(server: Server, raw: RawLoop, rounds: int, pictures: int, end: float
 
 
 class Server:
-    """`bentoml serve` on a free loopback port with keys of its own; `first` is its first picture, and
-    `ran` what its headers say about it."""
+    """`bentoml serve` on a free loopback port with keys of its own; `first` is its first answer, and
+    `ran` what its headers say about it. bench/unidiffuser.py uses it too."""
 
     def __enter__(self) -> Server:
         with socket.socket() as probe:
@@ -125,7 +128,6 @@ class Server:
         try:
             self._await_ready(started + 180)
             self.start_s = time.monotonic() - started
-            self.first_s, self.first, self.ran = self._first()
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
@@ -152,18 +154,19 @@ class Server:
                 time.sleep(0.05)
         raise RuntimeError("the server did not become ready")
 
-    def _first(self) -> tuple[float, bytes, dict[str, Any]]:
-        """Seconds of the first picture (the model is loaded for it), the picture, and what ran."""
+    def start_with(self, path: str, params: dict[str, Any], **body: Any) -> None:
+        """Make the first call (the model is loaded for it); sets `first_s`, its seconds, `first` and `ran`."""
         with self.session() as session:
             for _ in range(2):  # training may be rewriting the weights just now
                 sent = time.monotonic()
-                answer = session.post(self.url + "/post_config", params={**ASKED, "seed": 0}, timeout=REPLY_S)
+                answer = session.post(self.url + path, params=params, timeout=REPLY_S, **body)
                 if answer.status_code == 200:
                     names = ("model", "device", "dtype", "size", "steps", "guidance-scale", "scheduler")
-                    ran = {name: answer.headers[f"x-easel-{name}"] for name in names}
-                    return time.monotonic() - sent, answer.content, ran
+                    self.ran = {name: answer.headers[f"x-easel-{name}"] for name in names}
+                    self.first_s, self.first = time.monotonic() - sent, answer.content
+                    return
                 time.sleep(3)
-        raise RuntimeError(f"no picture: {answer.status_code} {answer.text[:500]}")
+        raise RuntimeError(f"no answer: {answer.status_code} {answer.text[:500]}")
 
     def session(self) -> requests.Session:
         session = requests.Session()
@@ -172,18 +175,21 @@ class Server:
         return session
 
     def draw(self, clients: int, pictures: int) -> Block:
-        """A closed loop: each client asks for its next picture when it has the last."""
-        each = max(2, math.ceil(pictures / clients))
+        return self.load(clients, pictures, POST, lambda seed: {"params": {**ASKED, "seed": seed}}, b"\x89PNG")
+
+    def load(self, clients: int, calls: int, path: str, call: Callable[[int], dict[str, Any]], starts: bytes = b"") -> Block:
+        """A closed loop: each client makes its next call when it has the last one's answer."""
+        each = max(2, math.ceil(calls / clients))
 
         def client(number: int) -> list[float]:
             took = []
             with self.session() as session:
-                for seed in range(number * each, (number + 1) * each):
+                for i in range(number * each, (number + 1) * each):
                     sent = time.perf_counter()
-                    answer = session.post(self.url + "/post_config", params={**ASKED, "seed": seed}, timeout=REPLY_S)
+                    answer = session.post(self.url + path, timeout=REPLY_S, **call(i))
                     took.append(time.perf_counter() - sent)
-                    if answer.status_code != 200 or not answer.content.startswith(b"\x89PNG"):
-                        raise RuntimeError(f"no picture: {answer.status_code} {answer.text[:500]}")
+                    if answer.status_code != 200 or not answer.content.startswith(starts):
+                        raise RuntimeError(f"no answer: {answer.status_code} {answer.text[:500]}")
             return took
 
         with ThreadPoolExecutor(clients) as pool:
@@ -194,12 +200,12 @@ class Server:
 
 
 class RawLoop:
-    """The process that draws with diffusers alone, told over a pipe how many pictures to draw: its
+    """The process that works with diffusers alone (`script --raw`), told over a pipe how much to do: its
     threads and memory are not the clients'. `hello` is what it says of itself."""
 
-    def __init__(self, ran: dict[str, Any]) -> None:
-        for attempt in range(2):  # as in `Server._first`
-            command = [sys.executable, __file__, "--raw", json.dumps(ran)]
+    def __init__(self, script: str, ran: dict[str, Any]) -> None:
+        for attempt in range(2):  # as in `Server.start_with`
+            command = [sys.executable, script, "--raw", json.dumps(ran)]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             try:
                 self.hello = self._reply()
@@ -212,10 +218,10 @@ class RawLoop:
 
     def picture(self) -> bytes:
         """The picture of seed 0; it also warms the process up, as the server's first does."""
-        return base64.b64decode(self._ask(1)["last"])
+        return base64.b64decode(self.ask(1)["last"])
 
     def draw(self, pictures: int) -> Block:
-        took = self._ask(pictures)["took"]
+        took = self.ask(pictures)["took"]
         return Block(pictures / sum(took), took[1:])
 
     def close(self) -> None:
@@ -226,9 +232,9 @@ class RawLoop:
             self._process.kill()
             self._process.wait()
 
-    def _ask(self, pictures: int) -> dict[str, Any]:
+    def ask(self, work: int | str) -> dict[str, Any]:
         assert self._process.stdin
-        self._process.stdin.write(f"{pictures}\n")
+        self._process.stdin.write(f"{work}\n")
         self._process.stdin.flush()
         return self._reply()
 
@@ -289,7 +295,6 @@ def same_picture(png: bytes, raw: RawLoop) -> int:
 def report(measured: dict[int, Pairs], server: Server, hello: dict[str, Any], difference: int, load: float) -> str:
     """The section for the results file."""
     ran, rounds, one = server.ran, len(measured[1].http), measured[1]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "bentoml"))
     added = [
         1000 * (statistics.median(h.latencies) - statistics.median(r.latencies))
         for h, r in zip(one.http, one.raw, strict=True)
@@ -297,9 +302,7 @@ def report(measured: dict[int, Pairs], server: Server, hello: dict[str, Any], di
     lines = [
         SECTION,
         "",
-        f"`.venv/bin/python bench/overhead.py {' '.join(sys.argv[1:])}".strip() + f"`, {datetime.now(UTC):%Y-%m-%d}, "
-        f"{processor()}, {os.cpu_count()} cores (load average {load:.1f} before the run), "
-        f"Python {platform.python_version()}, {versions}.",
+        where("bench/overhead.py", load),
         "",
         f"{ran['model']} on {hello['device']}, {ran['dtype']}, {ran['size']}, {ran['steps']} steps, "
         f"guidance {ran['guidance-scale']}, {ran['scheduler']} (raw: {hello['scheduler']}), "
@@ -321,11 +324,21 @@ def report(measured: dict[int, Pairs], server: Server, hello: dict[str, Any], di
     return "\n".join(lines) + "\n"
 
 
-def row(clients: int, pairs: Pairs) -> str:
+def row(clients: int | str, pairs: Pairs) -> str:
     ratios = [h.rate / r.rate for h, r in zip(pairs.http, pairs.raw, strict=True)]
     rates = [f"{statistics.median(block.rate for block in side):.2f}" for side in (pairs.http, pairs.raw)]
     latencies = [percentiles([s for block in side for s in block.latencies]) for side in (pairs.http, pairs.raw)]
     return f"| {clients} | {' | '.join(rates)} | {spread(ratios, 3)} | {' | '.join(latencies)} |"
+
+
+def where(script: str, load: float) -> str:
+    """The command, the machine and the versions."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "bentoml"))
+    return (
+        f"`.venv/bin/python {script} {' '.join(sys.argv[1:])}".strip() + f"`, {datetime.now(UTC):%Y-%m-%d}, "
+        f"{processor()}, {os.cpu_count()} cores (load average {load:.1f} before the run), "
+        f"Python {platform.python_version()}, {versions}."
+    )
 
 
 def percentiles(seconds: list[float]) -> str:

@@ -11,12 +11,13 @@ import random
 import re
 import uuid
 from dataclasses import dataclass
+from typing import get_args
 
 from core import adapters, schedulers
-from core.generation import GenerationRequest, Pixels, Plan, PlannedLora
+from core.generation import GenerationRequest, Pixels, Plan, PlannedLora, Task
 from core.loras import Lora, Registry, rights
 from core.problems import FieldError, Problem, invalid, invalid_field, nearest
-from core.settings import Dtype, Family, Limits, Model, Settings, beside_configuration
+from core.settings import Dtype, Family, Limits, Model, Models, Settings, UniDiffuser, beside_configuration
 
 _SEEDS = random.SystemRandom()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -37,6 +38,7 @@ class FamilyTraits:
     prompt_weights: bool = True
     clip_skip: bool = True
     flow: bool = False
+    multimodal: bool = False  # UniDiffuser: one size, schedulers that do not scale, and core.multimodal's tasks
 
 
 # Sizes and steps: the models' own cards; dtypes: the seed's table. Max sizes are the sides beyond
@@ -47,6 +49,7 @@ FAMILIES: dict[Family, FamilyTraits] = {
     "sd2": FamilyTraits(768, 128, 1536, 8, 30, 7.5, "float16"),
     "sdxl": FamilyTraits(1024, 256, 2048, 8, 30, 5.0, "float16"),
     "flux": FamilyTraits(1024, 256, 2048, 16, 28, 3.5, "bfloat16", negative_prompt=False, prompt_weights=False, clip_skip=False, flow=True),
+    "unidiffuser": FamilyTraits(512, 8, 512, 8, 20, 8.0, "float16", negative_prompt=False, prompt_weights=False, clip_skip=False, multimodal=True),
 }
 
 
@@ -67,8 +70,12 @@ class Entry:
         return self.model.size or self.traits.size
 
     @property
+    def min_size(self) -> int:
+        return self.size if self.traits.multimodal else self.traits.min_size
+
+    @property
     def max_size(self) -> int:
-        return self.model.max_size or self.traits.max_size
+        return self.size if self.traits.multimodal else self.model.max_size or self.traits.max_size
 
     @property
     def steps(self) -> int:
@@ -84,18 +91,18 @@ class Entry:
         return {
             "model_id": self.id,
             "family": self.model.family,
-            "modes": ["txt2img", "img2img"],
-            "size": {"default": self.size, "min": t.min_size, "max": self.max_size, "multiple_of": t.multiple},
+            "modes": list(get_args(Task)) if t.multimodal else ["txt2img", "img2img"],
+            "size": {"default": self.size, "min": self.min_size, "max": self.max_size, "multiple_of": t.multiple},
             "num_inference_steps": {"default": self.steps, "min": 1, "max": limits.num_inference_steps},
             "guidance_scale": {"default": self.guidance, "min": 0, "max": 30},
             "count_returned": {"default": 1, "min": 1, "max": limits.count_returned},
-            "schedulers": schedulers.names(t.flow),
-            "img2img": {"schedulers": schedulers.names(t.flow, image_to_image=True), "strength": {"default": 0.75, "above": 0, "max": 1}},
+            "schedulers": schedulers.names(t.flow, unscaled=t.multimodal),
+            "img2img": None if t.multimodal else {"schedulers": schedulers.names(t.flow, image_to_image=True), "strength": {"default": 0.75, "above": 0, "max": 1}},
             "torch_dtypes": ["float16", "bfloat16", "float32"],
             "negative_prompt": t.negative_prompt,
             "prompt_weights": t.prompt_weights,
             "clip_skip": t.clip_skip,
-            "prompt_tokens": 512 if t.flow else None,
+            "prompt_tokens": 512 if t.flow else 77 if t.multimodal else None,
             "licence": self.model.licence,
             "commercial_use": self.model.commercial_use,
             "credit": self.model.credit,
@@ -103,11 +110,12 @@ class Entry:
 
 
 class Catalogue:
-    """The models of `settings`, by id."""
+    """A runner's models, by id: of `settings.models`, or of `models` where those are others."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.entries = {m.id: Entry(m, FAMILIES[m.family]) for m in settings.models.catalogue}
+    def __init__(self, settings: Settings, models: Models | None = None) -> None:
+        self.settings, self.models = settings, models or settings.models
+        self.queue = (models.queue if isinstance(models, UniDiffuser) else None) or settings.queue
+        self.entries = {m.id: Entry(m, FAMILIES[m.family]) for m in self.models.catalogue}
         self.registry = Registry(beside_configuration(settings.loras.registry), beside_configuration(settings.loras.folder))
 
     def find(self, model_id: str | None) -> Entry:
@@ -116,10 +124,10 @@ class Catalogue:
         Raises:
             Problem: 422 with the list of ids, where it is not listed and unlisted ones are not allowed.
         """
-        name = model_id or self.settings.models.default
+        name = model_id or self.models.default
         if entry := self.entries.get(name):
             return entry
-        if self.settings.models.allow_unlisted:
+        if self.models.allow_unlisted:
             return self._guess(name)
         known = list(self.entries)
         raise invalid_field("model_id", f"there is no model {name!r}{nearest(name, known)}", known, name)
@@ -128,7 +136,7 @@ class Catalogue:
         """An unlisted hub id: its family by what such ids usually contain."""
         if not _HUB_ID.fullmatch(name):
             raise invalid_field("model_id", f"{name!r} is neither listed nor a hub id like 'owner/name'", list(self.entries), name)
-        family = _guess_family(name)
+        family: Family = "unidiffuser" if isinstance(self.models, UniDiffuser) else _guess_family(name)
         return Entry(Model(id=name, family=family), FAMILIES[family], listed=False)
 
     def family_of(self, lora: Lora) -> Family:
@@ -184,9 +192,10 @@ class Catalogue:
             refuse("strength", "only has a meaning with an input image", "leave it out, or send image", request.strength)
         width, height = self._size(entry, request, image)
         for name, value in (("width", width), ("height", height)):
-            if value % traits.multiple or not traits.min_size <= value <= entry.max_size:
-                refuse(name, f"does not fit {entry.id}", f"{traits.min_size} to {entry.max_size}, a multiple of {traits.multiple}", value)
-        scheduler = schedulers.find(request.scheduler, traits.flow, image is not None).name if request.scheduler else None
+            if value % traits.multiple or not entry.min_size <= value <= entry.max_size:
+                sizes = str(entry.size) if traits.multimodal else f"{entry.min_size} to {entry.max_size}, a multiple of {traits.multiple}"
+                refuse(name, f"does not fit {entry.id}", sizes, value)
+        scheduler = schedulers.find(request.scheduler, traits.flow, image is not None, traits.multimodal).name if request.scheduler else None
         prompt, loras = self._loras(entry, request, errors, notes)
         if request.commercial:
             allowing = {f"{entry.id} ({entry.model.licence})": entry.model.commercial_use} | {f"the LoRA {x.name}": x.commercial_use for x in loras}
@@ -219,7 +228,7 @@ class Catalogue:
             loras=loras,
             commercial=request.commercial,
             image=image,
-            deadline_s=min(request.deadline_s or self.settings.queue.deadline_s, self.settings.queue.deadline_s),
+            deadline_s=min(request.deadline_s or self.queue.deadline_s, self.queue.deadline_s),
             notes=notes,
         )
 

@@ -6,55 +6,60 @@ Every HTTP contract is translated into one `GenerationRequest`; core.catalogue t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from core.problems import ProblemDetails
 from core.settings import Dtype
 
 MAX_SEED = 2**53 - 1  # the largest that JSON readers hold exactly
 ImageFormat = Literal["png", "jpeg", "webp"]
+Task = Literal["generate", "caption", "embed", "joint", "image", "text", "image_variation", "text_variation"]
 
 
-class GenerationRequest(BaseModel):
-    """A request for pictures, by the names that diffusers gives its arguments.
+def usual_dtype_name(value: Any) -> Any:
+    """torch's and the short names of precisions, as configuration.yaml writes them."""
+    if not isinstance(value, str):
+        return value
+    name = value.strip().lower().removeprefix("torch.")
+    return {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}.get(name, name)
+
+
+def _usual_format_name(value: Any) -> Any:
+    name = value.lower() if isinstance(value, str) else value
+    return "jpeg" if name == "jpg" else name
+
+
+def _no_control_characters(text: str) -> str:
+    if "\ufffd" in text:  # what decoders put where the bytes were no UTF-8
+        raise ValueError("is not whole UTF-8 text (it has U+FFFD)")
+    for character in text:
+        if (ord(character) < 32 and character not in "\n\r\t") or ord(character) == 127 or 0xD800 <= ord(character) < 0xE000:
+            raise ValueError(f"has the control character U+{ord(character):04X}; only tab and line breaks are allowed")
+    return text
+
+
+Precision = Annotated[Dtype, BeforeValidator(usual_dtype_name)]
+Format = Annotated[ImageFormat, BeforeValidator(_usual_format_name)]
+Text = Annotated[str, AfterValidator(_no_control_characters)]
+
+
+class Sampling(BaseModel):
+    """What every request that samples from a model may say, by the names that diffusers gives its arguments.
 
     What is left out takes the model's default. Values out of range and unknown names are refused.
     """
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
 
-    prompt: str = Field(min_length=1, description="What to draw. `(words:1.3)` weighs words as in A1111.")
-    negative_prompt: str = Field("", description="What to stay away from.")
     model_id: str | None = Field(None, max_length=300, description="A model of the catalogue; see GET /capabilities.")
-    torch_dtype: Dtype | None = Field(None, description="Precision; the family's default if left out.")
+    torch_dtype: Precision | None = Field(None, description="Precision; the family's default if left out.")
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
-    guidance_scale: float | None = Field(None, ge=0, le=30, allow_inf_nan=False, description="Classifier-free guidance.")
-    width: int | None = Field(None, ge=8, le=16384, description="Pixels.")
-    height: int | None = Field(None, ge=8, le=16384, description="Pixels.")
-    count_returned: int = Field(1, ge=1, description="How many pictures; picture i has seed + i.")
+    count_returned: int = Field(1, ge=1, description="How many; number i has seed + i.")
     seed: int | None = Field(None, ge=-1, le=MAX_SEED, description="-1 or left out: random, and told in the answer.")
     scheduler: str | None = Field(None, max_length=80, description='As diffusers or A1111 write it: "DPM++ 2M Karras".')
-    strength: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="img2img: 0 keeps, 1 redraws. Default 0.75.")
-    clip_skip: int = Field(0, ge=0, le=11, description="Last text-encoder layers to skip (A1111's number less one).")
-    lora: str | None = Field(None, max_length=2000, description="LoRAs by name, with weights: `a:0.6,b:0.4`. In the prompt: `<lora:a:0.6>`.")
-    lora_scale: float | None = Field(None, ge=-10, le=10, allow_inf_nan=False, description="Weight of those in `lora` that have none of their own; 1 if left out.")
-    lora_triggers: Literal["off", "auto"] = Field("off", description="auto adds the LoRAs' trigger words that the prompt lacks.")
-    commercial: bool = Field(False, description="true: refuse unless the model and every LoRA allow commercial use.")
-    format: ImageFormat = Field("png", description="The pictures' file format.")
-    quality: int = Field(90, ge=1, le=100, description="For jpeg and webp.")
     deadline_s: float | None = Field(None, gt=0, le=86400, allow_inf_nan=False, description="Give up after so many seconds.")
-
-    @field_validator("prompt", "negative_prompt")
-    @classmethod
-    def no_control_characters(cls, text: str) -> str:
-        if "\ufffd" in text:  # what decoders put where the bytes were no UTF-8
-            raise ValueError("is not whole UTF-8 text (it has U+FFFD)")
-        for character in text:
-            if (ord(character) < 32 and character not in "\n\r\t") or ord(character) == 127 or 0xD800 <= ord(character) < 0xE000:
-                raise ValueError(f"has the control character U+{ord(character):04X}; only tab and line breaks are allowed")
-        return text
 
     @field_validator("*", mode="before")
     @classmethod
@@ -63,19 +68,23 @@ class GenerationRequest(BaseModel):
             raise ValueError("must not be true or false")
         return value
 
-    @field_validator("torch_dtype", mode="before")
-    @classmethod
-    def usual_dtype_names(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        name = value.strip().lower().removeprefix("torch.")
-        return {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}.get(name, name)
 
-    @field_validator("format", mode="before")
-    @classmethod
-    def usual_format_names(cls, value: Any) -> Any:
-        name = value.lower() if isinstance(value, str) else value
-        return "jpeg" if name == "jpg" else name
+class GenerationRequest(Sampling):
+    """A request for pictures."""
+
+    prompt: Text = Field(min_length=1, description="What to draw. `(words:1.3)` weighs words as in A1111.")
+    negative_prompt: Text = Field("", description="What to stay away from.")
+    guidance_scale: float | None = Field(None, ge=0, le=30, allow_inf_nan=False, description="Classifier-free guidance.")
+    width: int | None = Field(None, ge=8, le=16384, description="Pixels.")
+    height: int | None = Field(None, ge=8, le=16384, description="Pixels.")
+    strength: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="img2img: 0 keeps, 1 redraws. Default 0.75.")
+    clip_skip: int = Field(0, ge=0, le=11, description="Last text-encoder layers to skip (A1111's number less one).")
+    lora: str | None = Field(None, max_length=2000, description="LoRAs by name, with weights: `a:0.6,b:0.4`. In the prompt: `<lora:a:0.6>`.")
+    lora_scale: float | None = Field(None, ge=-10, le=10, allow_inf_nan=False, description="Weight of those in `lora` that have none of their own; 1 if left out.")
+    lora_triggers: Literal["off", "auto"] = Field("off", description="auto adds the LoRAs' trigger words that the prompt lacks.")
+    commercial: bool = Field(False, description="true: refuse unless the model and every LoRA allow commercial use.")
+    format: Format = Field("png", description="The pictures' file format.")
+    quality: int = Field(90, ge=1, le=100, description="For jpeg and webp.")
 
 
 class Pixels(BaseModel):
@@ -122,6 +131,9 @@ class Plan(BaseModel):
     image: Pixels | None
     deadline_s: float
     notes: list[str]
+    task: Task = "generate"
+    images: list[Pixels] = []  # for UniDiffuser: each is captioned, embedded or varied with every seed
+    data_type: int = 1  # UniDiffuser's own argument, see core.multimodal
 
 
 class Timing(BaseModel):
@@ -178,10 +190,28 @@ class Ran(BaseModel):
     timing: Timing
 
 
+class Vector(BaseModel):
+    """A tensor as it travels between processes: float32, little-endian, row by row."""
+
+    model_config = ConfigDict(frozen=True)
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Embedding(BaseModel):
+    """What UniDiffuser makes of a picture: `clip` (D) and `vae` (channels, height, width)."""
+
+    clip: Vector
+    vae: Vector
+
+
 class Generation(BaseModel):
-    """What a runner answers: pictures with their seeds, or the problem that stood in the way."""
+    """What a runner answers: pictures with their seeds (of UniDiffuser, texts and embeddings too, an
+    input picture's results side by side), or the problem that stood in the way."""
 
     pictures: list[Pixels] = []
+    texts: list[str] = []
+    embeddings: list[Embedding] = []
     seeds: list[int] = []
     ran: Ran | None = None
     problem: ProblemDetails | None = None
@@ -227,3 +257,11 @@ class RunnerStatus(BaseModel):
     resident_bytes: int
     models: list[ResidentModel]
     queue: QueueStatus
+
+
+class RunnerDown(BaseModel):
+    """In the place of a status: why a runner does not answer."""
+
+    service: str
+    ready: bool = False
+    problem: ProblemDetails

@@ -103,6 +103,11 @@ def _pixels(image: Image.Image) -> Pixels:
     return Pixels(width=image.width, height=image.height, data=image.tobytes())
 
 
+def square(pixels: Pixels, side: int) -> Pixels:
+    """The middle square, resized to `side`: what UniDiffuser looks at, as its authors crop it."""
+    return _pixels(ImageOps.fit(to_pil(pixels), (side, side), Image.Resampling.LANCZOS))
+
+
 def to_pil(pixels: Pixels) -> Image.Image:
     return Image.frombytes("RGB", (pixels.width, pixels.height), pixels.data)
 

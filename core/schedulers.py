@@ -85,6 +85,10 @@ _SAMPLERS = (
     _Sampler("LCM", "LCMScheduler", {}, _SPACINGS),
     _Sampler("TCD", "TCDScheduler", {}, _SPACINGS),
 )
+# Those that denoise x_t itself: the UniDiffuser pipeline never scales its input, which the others need.
+_UNSCALED_SAMPLERS = tuple(s for s in _SAMPLERS if s.class_name in (
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
+))  # fmt: skip
 # For flow matching (Flux) the classes made for it, which take a picture to start from, and three solvers
 # that can do flow sigmas but not start from a picture.
 _FLOW_CONFIG: dict[str, object] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -128,34 +132,39 @@ def _table(samplers: tuple[_Sampler, ...]) -> dict[str, Scheduler]:
     return table
 
 
-_DIFFUSION, _FLOW = _table(_SAMPLERS), _table(_FLOW_SAMPLERS)
+_DIFFUSION, _FLOW, _UNSCALED = _table(_SAMPLERS), _table(_FLOW_SAMPLERS), _table(_UNSCALED_SAMPLERS)
 _MISSING = {_key(f"{name} {schedule}"): near for name, near in _NEAR.items() for schedule in ("", "Automatic", *_SCHEDULES)}
 
 
-def names(flow: bool = False, image_to_image: bool = False) -> list[str]:
+def _of(flow: bool, unscaled: bool) -> dict[str, Scheduler]:
+    return _FLOW if flow else _UNSCALED if unscaled else _DIFFUSION
+
+
+def names(flow: bool = False, image_to_image: bool = False, unscaled: bool = False) -> list[str]:
     """Every scheduler by its A1111 name. `flow`: those of flow-matching models (Flux);
-    `image_to_image`: those that can start from a picture."""
-    table = (_FLOW if flow else _DIFFUSION).values()
+    `image_to_image`: those that can start from a picture; `unscaled`: those that take the noisy
+    latents as they are (UniDiffuser)."""
+    table = _of(flow, unscaled).values()
     return list(dict.fromkeys(s.name for s in table if s.image_to_image or not image_to_image))
 
 
-def find(name: str, flow: bool = False, image_to_image: bool = False) -> Scheduler:
+def find(name: str, flow: bool = False, image_to_image: bool = False, unscaled: bool = False) -> Scheduler:
     """The scheduler that `name` means.
 
     Raises:
         Problem: 422 with the list of names, where there is no such one for this kind of model, or it
             cannot start from a picture and `image_to_image` needs it to.
     """
-    key, known = _key(name), names(flow, image_to_image)
-    found = (_FLOW if flow else _DIFFUSION).get(key)
+    key, known = _key(name), names(flow, image_to_image, unscaled)
+    found = _of(flow, unscaled).get(key)
     if found is not None and (found.image_to_image or not image_to_image):
         return found
     if found is not None:
         message = f"{found.name} cannot start from a picture with this kind of model"
     elif key in _MISSING:
         message = f"there is no scheduler {name!r} here; {_MISSING[key]!r} is the nearest" if not flow else f"there is no scheduler {name!r} here"
-    elif flow and key in _DIFFUSION:
-        message = f"a flow-matching model has no scheduler {name!r}"
+    elif key in _DIFFUSION:
+        message = f"{'a flow-matching model' if flow else 'UniDiffuser'} has no scheduler {name!r}"
     else:
         message = f"there is no scheduler {name!r}{nearest(name, known)}"
     raise invalid_field("scheduler", message, known, name)

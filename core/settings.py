@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-Family = Literal["starter", "sd15", "sd2", "sdxl", "flux"]
+Family = Literal["starter", "sd15", "sd2", "sdxl", "flux", "unidiffuser"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -45,6 +45,7 @@ class Limits(Section):
     prompt_characters: Count = 10_000
     num_inference_steps: Count = 150
     count_returned: Count = 16
+    images: Count = 16
     loras: Count = 8
 
 
@@ -81,6 +82,8 @@ class Model(Section):
 
 
 class Models(Section):
+    """The models of a runner, and the memory and device that they share."""
+
     default: str = "starter/stable-diffusion"
     allow_unlisted: bool = False
     warm_up: list[str] = []
@@ -95,11 +98,18 @@ class Models(Section):
     def names_are_listed(self) -> Models:
         ids = [m.id for m in self.catalogue]
         if repeated := {i for i in ids if ids.count(i) > 1}:
-            raise ValueError(f"models.catalogue lists {', '.join(sorted(repeated))} more than once")
+            raise ValueError(f"the catalogue lists {', '.join(sorted(repeated))} more than once")
         if not self.allow_unlisted:
             for name in [self.default, *self.warm_up]:
                 if name not in ids:
-                    raise ValueError(f"{name!r} is not in models.catalogue ({', '.join(ids) or 'which is empty'})")
+                    raise ValueError(f"{name!r} is not in the catalogue ({', '.join(ids) or 'which is empty'})")
+        return self
+
+    @model_validator(mode="after")
+    def families_are_this_runners(self) -> Models:
+        multimodal = isinstance(self, UniDiffuser)
+        if strange := [m.id for m in self.catalogue if (m.family == "unidiffuser") != multimodal]:
+            raise ValueError(f"the catalogue cannot hold {', '.join(strange)}: models of the family unidiffuser stand in unidiffuser.catalogue, all others in models.catalogue")
         return self
 
 
@@ -131,9 +141,19 @@ class Usage(Section):
 
 
 class Runner(Section):
-    """Where a runner service runs. `gpu: null` takes one GPU where there is one."""
+    """Where a runner service runs: a number of GPUs, or the share of one. `gpu: null` takes one where
+    each runner can have one, and half where both share one."""
 
-    gpu: Annotated[int, Field(ge=0)] | None = None
+    gpu: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+class UniDiffuser(Models):
+    """The UniDiffuser runner: its models, where it runs, and its queue (null: as `queue`)."""
+
+    default: str = "starter/unidiffuser"
+    max_batch: Count = 8
+    gpu: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    queue: Queue | None = None
 
 
 class Settings(BaseSettings):
@@ -152,6 +172,7 @@ class Settings(BaseSettings):
     loras: Loras = Loras()
     usage: Usage = Usage()
     stable_diffusion: Runner = Runner()
+    unidiffuser: UniDiffuser = UniDiffuser(allow_unlisted=True)
 
     @classmethod
     def settings_customise_sources(

@@ -75,7 +75,7 @@ def generate(resident: Resident, plan: Plan, loras: list[AppliedLora], check: Ch
             callback_on_step_end=after_step,
         ).images
         timing.denoise += 1000 * (last_step - began)
-        pictures += [_to_pixels(array) for array in arrays]
+        pictures += [to_pixels(array) for array in arrays]
         decoded = time.perf_counter()
         timing.decode += 1000 * (decoded - last_step)
         began = decoded
@@ -105,7 +105,7 @@ def generate(resident: Resident, plan: Plan, loras: list[AppliedLora], check: Ch
         commercial_use=resident.entry.model.commercial_use and all(lora.commercial_use for lora in loras),
         credit=list(dict.fromkeys(filter(None, [resident.entry.model.credit, *(lora.credit for lora in loras)]))),
         notes=[*plan.notes, *embedded.notes, *_told(plan.loras, loras)],
-        libraries=_libraries(),
+        libraries=libraries(),
         timing=timing,
     )
     return Generation(pictures=pictures, seeds=plan.seeds, ran=ran)
@@ -161,7 +161,7 @@ def _describe(scheduler: Any) -> Scheduler:
         return Scheduler(class_name, None, class_name)
 
 
-def _to_pixels(array: np.ndarray[Any, Any]) -> Pixels:
+def to_pixels(array: np.ndarray[Any, Any]) -> Pixels:
     """(H, W, 3) floats in 0..1 to 8 bits.
 
     Raises:
@@ -175,5 +175,5 @@ def _to_pixels(array: np.ndarray[Any, Any]) -> Pixels:
 
 
 @lru_cache(maxsize=1)
-def _libraries() -> dict[str, str]:
+def libraries() -> dict[str, str]:
     return {"easel": __version__, **{name: version(name) for name in ("diffusers", "transformers", "peft", "torch")}}

@@ -16,8 +16,8 @@ from core import problems
 from core.catalogue import Catalogue, Entry
 from core.generation import Generation, Plan, Timing
 from core.settings import Settings, secrets
-from runners import denoise, loading, weights
-from runners.queue import DeviceQueue, Job
+from runners import denoise, loading, multimodal, weights
+from runners.queue import DeviceQueue, Job, Share, check_all
 from runners.residency import Residency
 
 
@@ -25,13 +25,13 @@ class Device:
     """The queue, the thread and the memory of one device."""
 
     def __init__(self, settings: Settings, catalogue: Catalogue) -> None:
-        models = settings.models
+        models = catalogue.models
         self.settings, self.catalogue = settings, catalogue
         self.torch_device = loading.device_for(models.device)
         if models.cpu_threads:
             torch.set_num_threads(models.cpu_threads)
         self.residency = Residency(models, self.torch_device, lora_budget=settings.loras.memory_budget_bytes)
-        self.queue = DeviceQueue(self.residency.sweep, settings.queue.limit, settings.queue.per_key)
+        self.queue = DeviceQueue(self.residency.sweep, catalogue.queue.limit, catalogue.queue.per_key)
 
     def fetch(self, entry: Entry) -> Path:
         """Make a model's files local, and hash them so that loading need not (no device needed; any thread).
@@ -52,30 +52,47 @@ class Device:
 
     def submit(self, plan: Plan, path: Path) -> Future[Generation]:
         """Queue a plan whose model's files are at `path`."""
-        return self.queue.submit(Job(plan.id, plan.client, lambda job: self._draw(job, plan, path), plan.deadline_s))
+        job: Job[Generation] = Job(plan.id, plan.client, lambda job: self._run([job], [plan], path)[0], plan.deadline_s)
+        if self.catalogue.find(plan.model_id).traits.multimodal:
+            job.share = self._share(plan, path)
+        return self.queue.submit(job)
+
+    def _share(self, plan: Plan, path: Path) -> Share[Plan, Generation]:
+        """Plans that differ in their pictures, prompt, seeds and owner alone are run as one batch."""
+        alike = (plan.model_id, plan.torch_dtype, plan.task, plan.num_inference_steps, plan.guidance_scale, plan.scheduler, plan.data_type)
+        return Share(alike, plan, multimodal.rows_of(plan), self.catalogue.models.max_batch, lambda jobs, plans: self._run(jobs, plans, path))
 
     def unload(self, model_id: str | None) -> Future[int]:
         """Queue the unloading of one model, or of all."""
-        job: Job[int] = Job("unload", "admin", lambda _: self.residency.unload(model_id), self.settings.queue.deadline_s)
+        job: Job[int] = Job("unload", "admin", lambda _: self.residency.unload(model_id), self.catalogue.queue.deadline_s)
         return self.queue.submit(job)
 
-    def _draw(self, job: Job[Generation], plan: Plan, path: Path) -> Generation:
-        """In the device's thread: make the model resident, then draw."""
-        timing = Timing(queue=1000 * (time.monotonic() - job.submitted))
+    def _run(self, jobs: list[Job[Generation]], plans: list[Plan], path: Path) -> list[Generation]:
+        """In the device's thread: make the model resident, then draw. Several plans are UniDiffuser's."""
+        timings = [Timing(queue=1000 * (time.monotonic() - job.submitted)) for job in jobs]
+        plan = plans[0]
         entry = self.catalogue.find(plan.model_id)
         dtype, notes = self._dtype(entry, plan)
         started = time.perf_counter()
         resident = self.residency.acquire(entry, path, dtype)
-        job.check()
+
+        def check() -> None:
+            check_all(jobs)
+
+        check()
         try:
             loras = self.residency.adapt(resident, plan.loras)
-            timing.load = 1000 * (time.perf_counter() - started)
-            plan = plan.model_copy(update={"notes": [*plan.notes, *notes]})
-            return denoise.generate(resident, plan, loras, job.check, self.settings.models.max_batch, timing)
+            for timing in timings:
+                timing.load = 1000 * (time.perf_counter() - started)
+            plans = [p.model_copy(update={"notes": [*p.notes, *notes]}) for p in plans]
+            if entry.traits.multimodal:
+                return multimodal.run(resident, plans, check, self.catalogue.models.max_batch, timings)
+            return [denoise.generate(resident, plans[0], loras, check, self.catalogue.models.max_batch, timings[0])]
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # a CPU's way to say it
                 raise
-            detail = f"{plan.width}x{plan.height} needs more memory than {self.torch_device} has free. Ask for a smaller size."
+            less = "fewer results or pictures at once" if entry.traits.multimodal else "a smaller size"
+            detail = f"{plan.width}x{plan.height} needs more memory than {self.torch_device} has free. Ask for {less}."
             raise problems.problem(507, "out-of-memory", "Out of memory", detail) from None
         finally:
             self.residency.touch(resident)

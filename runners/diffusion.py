@@ -1,6 +1,6 @@
-"""The Stable Diffusion runner: plans in, pictures out, as a BentoML service's internal methods.
+"""A runner: plans in, pictures (texts, embeddings) out, as a BentoML service's internal methods.
 
-service.py makes a BentoML service of this class. api.gate answers 404 for its routes on any public
+service.py makes the Stable Diffusion and the UniDiffuser service of this class. api.gate answers 404 for its routes on any public
 listener. The entry process imports this module too, so torch is imported in `start` only.
 """
 
@@ -17,7 +17,7 @@ from core import problems
 from core.catalogue import Catalogue, Entry
 from core.draining import Draining
 from core.generation import Generation, GenerationRequest, Plan, RunnerStatus
-from core.settings import Settings
+from core.settings import Models, Settings
 
 if TYPE_CHECKING:
     from runners.device import Device
@@ -29,16 +29,16 @@ _WARM_UP = GenerationRequest(prompt="warm-up", num_inference_steps=1, seed=0)
 class DiffusionRunner:
     """The methods that the entry calls."""
 
-    def start(self, name: str, settings: Settings, draining: Draining) -> None:
-        """Take the device."""
+    def start(self, name: str, settings: Settings, models: Models, draining: Draining) -> None:
+        """Take the device. `name` is the service's."""
         from runners.device import Device
 
         self.name, self.draining = name, draining
-        self.catalogue = Catalogue(settings)
+        self.catalogue = Catalogue(settings, models)
         self.device: Device = Device(settings, self.catalogue)
         self._fetching: dict[str, asyncio.Task[Path]] = {}
         self._preparing: dict[str, asyncio.Task[Path]] = {}
-        self._cold = set(settings.models.warm_up)
+        self._cold = set(models.warm_up)
 
     @bentoml.on_startup
     async def begin(self) -> None:
@@ -50,9 +50,9 @@ class DiffusionRunner:
     def end(self) -> None:
         self.device.queue.close()
 
-    @bentoml.api(route="/internal/generate")
-    async def generate(self, plan: Plan) -> Generation:
-        """Draw a plan's pictures; a problem comes back as data, so that it keeps its shape."""
+    @bentoml.api(route="/internal/run")
+    async def run(self, plan: Plan) -> Generation:
+        """Do what a plan says; a problem comes back as data, so that it keeps its shape."""
         self.draining.in_hand += 1
         try:
             path = await self._prepared(plan)
@@ -129,7 +129,7 @@ class DiffusionRunner:
         """Load a model and draw one step; a failure is logged, and readiness does not wait for it."""
         try:
             plan = self.catalogue.plan(_WARM_UP.model_copy(update={"model_id": model_id}), None, "warm-up")
-            outcome: Generation = await cast(Any, self.generate).local(plan)  # in this process: else BentoML goes by HTTP
+            outcome: Generation = await cast(Any, self.run).local(plan)  # in this process: else BentoML goes by HTTP
             if outcome.problem:
                 log.error("warm-up of %s failed: %s", model_id, outcome.problem.detail)
         finally:

@@ -31,12 +31,15 @@ from transformers.utils import logging as transformers_logging
 from core.catalogue import Entry
 from core.problems import Problem, unavailable
 from core.settings import ROOT, Family
+from runners.unidiffuser import Pipeline
 
 
 @dataclass(frozen=True)
 class PipelineClasses:
+    """A family's pipelines; UniDiffuser has one for everything."""
+
     txt2img: type[DiffusionPipeline]
-    img2img: type[DiffusionPipeline]
+    img2img: type[DiffusionPipeline] | None
 
 
 _SD = PipelineClasses(StableDiffusionPipeline, StableDiffusionImg2ImgPipeline)
@@ -46,6 +49,7 @@ CLASSES: dict[Family, PipelineClasses] = {
     "sd2": _SD,
     "sdxl": PipelineClasses(StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline),
     "flux": PipelineClasses(FluxPipeline, FluxImg2ImgPipeline),
+    "unidiffuser": PipelineClasses(Pipeline, None),
 }
 # A server's log is no terminal: no progress bars, and errors alone from the libraries.
 logging.set_verbosity_error()
@@ -96,7 +100,7 @@ def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> 
         Problem: 503 where files are missing or broken, or memory does not suffice.
     """
     cls = CLASSES[entry.model.family].txt2img
-    extra = {} if entry.model.family in ("sdxl", "flux") else _WITHOUT_CHECKER
+    extra = {} if entry.model.family in ("sdxl", "flux", "unidiffuser") else _WITHOUT_CHECKER
     try:
         if path.is_file():
             config = entry.model.config and str(ROOT / entry.model.config)

@@ -1,7 +1,8 @@
 """The bounded queue in front of a device, and the one thread that owns the device.
 
 Others only submit and cancel. Keys take turns: a key with fifty requests waiting does not hold up
-one with a single request. A slot is free only when the thread is really done with its work.
+one with a single request. A slot is free only when the thread is really done with its work. Jobs that
+can share a batch are taken together when the first of them has its turn.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -21,6 +22,25 @@ from core.generation import QueueStatus
 
 log = logging.getLogger("easel.queue")
 R = TypeVar("R")
+W = TypeVar("W")
+
+
+@dataclass(frozen=True)
+class Share(Generic[W, R]):
+    """How a job may be run together with others.
+
+    Args:
+        key: jobs with equal keys may share a batch.
+        work: this job's part of it.
+        rows: how much of a batch that takes, of `limit` in all.
+        run: does all jobs' work, one outcome each; it calls `check_all` between its steps.
+    """
+
+    key: Hashable
+    work: W
+    rows: int
+    limit: int
+    run: Callable[[list[Job[R]], list[W]], list[R]]
 
 
 @dataclass
@@ -31,6 +51,7 @@ class Job(Generic[R]):
     client: str
     run: Callable[[Job[R]], R]
     deadline_s: float
+    share: Share[Any, R] | None = None
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
     future: Future[R] = field(default_factory=Future)
@@ -47,6 +68,22 @@ class Job(Generic[R]):
             raise problems.deadline_passed(self.deadline_s)
 
 
+def check_all(jobs: list[Job[R]]) -> None:
+    """As `Job.check` for jobs that run together: one that has to end is told so at once, and the others
+    go on; raise only where none is left."""
+    if len(jobs) == 1:
+        jobs[0].check()
+        return
+    for job in jobs:
+        if not job.future.done():
+            try:
+                job.check()
+            except problems.Problem as problem:
+                job.future.set_exception(problem)
+    if all(job.future.done() for job in jobs):
+        raise problems.cancelled()
+
+
 class DeviceQueue:
     """Jobs waiting by key, and the worker thread.
 
@@ -58,7 +95,7 @@ class DeviceQueue:
     def __init__(self, rest: Callable[[], None], limit: int, per_key: int) -> None:
         self._rest, self.limit, self.per_key = rest, limit, per_key
         self._waiting: OrderedDict[str, deque[Job[Any]]] = OrderedDict()
-        self._running: Job[Any] | None = None
+        self._running: list[Job[Any]] = []
         self._count = 0
         self._mean_s: float | None = None
         self._changed = threading.Condition()
@@ -89,9 +126,10 @@ class DeviceQueue:
     def cancel(self, job_id: str) -> bool:
         """Stop a job, waiting or running (then at its next step); False for an unknown one."""
         with self._changed:
-            if self._running is not None and self._running.id == job_id:
-                self._running.cancel()
-                return True
+            for job in self._running:
+                if job.id == job_id:
+                    job.cancel()
+                    return True
             for client, jobs in self._waiting.items():
                 for job in jobs:
                     if job.id == job_id:
@@ -105,12 +143,12 @@ class DeviceQueue:
 
     def status(self) -> QueueStatus:
         with self._changed:
-            return QueueStatus(running=int(self._running is not None), waiting=self._count, limit=self.limit, mean_service_s=self._mean_s)
+            return QueueStatus(running=len(self._running), waiting=self._count, limit=self.limit, mean_service_s=self._mean_s)
 
     @property
     def idle(self) -> bool:
         with self._changed:
-            return self._running is None and self._count == 0
+            return not self._running and self._count == 0
 
     def close(self) -> None:
         """End the thread after the job in hand; what still waits gets a 503."""
@@ -128,47 +166,83 @@ class DeviceQueue:
         """Seconds until a place is likely to be free: one service time, at least a second."""
         return max(1, math.ceil((self._mean_s or 1) * min(ahead, 2)))
 
-    def _next(self) -> Job[Any] | None:
-        """The next job in turn: the first of the key that has waited longest for its turn."""
+    def _next(self) -> list[Job[Any]]:
+        """The next job in turn, the first of the key that has waited longest for its turn, and those
+        that share its batch."""
         with self._changed:
             if not self._count and not self._closed:
                 self._changed.wait(timeout=1)
             if not self._count:
-                return None
-            client, jobs = self._waiting.popitem(last=False)
-            job = jobs.popleft()
-            if jobs:
-                self._waiting[client] = jobs  # at the back: the other keys come first
-            self._count -= 1
-            self._running = job
-            return job
+                return []
+            first = self._take(next(iter(self._waiting)))
+            self._running = [first, *(self._companions(first.share) if first.share else [])]
+            return list(self._running)
+
+    def _take(self, client: str) -> Job[Any]:
+        jobs = self._waiting.pop(client)
+        job = jobs.popleft()
+        if jobs:
+            self._waiting[client] = jobs  # at the back: the other keys come first
+        self._count -= 1
+        return job
+
+    def _companions(self, share: Share[Any, Any]) -> list[Job[Any]]:
+        """Jobs that fill the batch, one of each key in turn. A key's jobs keep their order, so that only
+        its next one is looked at."""
+        companions, room, found = [], share.limit - share.rows, True
+        while room > 0 and found:
+            found = False
+            for client in list(self._waiting):
+                head = self._waiting[client][0].share
+                if head is not None and head.key == share.key and head.rows <= room:
+                    companions.append(self._take(client))
+                    room -= head.rows
+                    found = True
+        return companions
 
     def _run(self) -> None:
         while not self._closed:
-            job = self._next()
-            if job is None:
+            taken = self._next()
+            if not taken:
                 self._safely_rest()
                 continue
-            job.started = time.monotonic()
-            if not job.future.set_running_or_notify_cancel():  # its caller has given up meanwhile
-                self._finish(job)
-                continue
-            try:
-                job.check()
-                outcome = job.run(job)
-            except BaseException as error:
-                self._finish(job)
-                job.future.set_exception(error)
-            else:
-                self._finish(job)
-                job.future.set_result(outcome)
-            del job
+            started = time.monotonic()
+            jobs = []
+            for job in taken:
+                job.started = started
+                if job.future.set_running_or_notify_cancel():  # if not, its caller has given up meanwhile
+                    jobs.append(job)
+            self._work(jobs, started)
+            del jobs, job, taken
 
-    def _finish(self, job: Job[Any]) -> None:
-        """Free the slot before the waiter hears of it, so that it sees a free slot."""
+    def _work(self, jobs: list[Job[Any]], started: float) -> None:
+        """Run jobs, alone or together, and tell their waiters."""
+        outcomes: list[Any] = []
+        failure: BaseException | None = None
+        try:
+            if len(jobs) == 1:
+                jobs[0].check()
+                outcomes = [jobs[0].run(jobs[0])]
+            elif jobs:
+                check_all(jobs)
+                shares = [job.share for job in jobs if job.share is not None]
+                outcomes = shares[0].run(jobs, [share.work for share in shares])
+        except BaseException as error:
+            failure = error
+        self._finish(started)
+        for i, job in enumerate(jobs):
+            if job.future.done():
+                continue
+            if failure is not None:
+                job.future.set_exception(failure)
+            else:
+                job.future.set_result(outcomes[i])
+
+    def _finish(self, started: float) -> None:
+        """Free the slot before the waiters hear of it, so that they see a free slot."""
         with self._changed:
-            self._running = None
-            took = time.monotonic() - (job.started or job.submitted)
+            self._running = []
+            took = time.monotonic() - started
             self._mean_s = took if self._mean_s is None else 0.8 * self._mean_s + 0.2 * took
 
     def _safely_rest(self) -> None:

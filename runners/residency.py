@@ -34,14 +34,14 @@ Load = Callable[[Entry, Path, torch.dtype, torch.device], DiffusionPipeline]
 
 @dataclass
 class Resident:
-    """A model in memory: its two pipelines share all components. `scheduler` is the model's own,
-    `sha256` its weights'."""
+    """A model in memory: its two pipelines (UniDiffuser has one) share all components. `scheduler` is
+    the model's own, `sha256` its weights'."""
 
     entry: Entry
     dtype: torch.dtype
     scheduler: Any
     txt2img: DiffusionPipeline
-    img2img: DiffusionPipeline
+    img2img: DiffusionPipeline | None
     adapters: Adapters
     weights_bytes: int
     used: float
@@ -100,14 +100,16 @@ class Residency:
         estimate = weights.size_in_memory(path, entry.model.variant, dtype)
         if estimate > self.budget:
             raise problems.unavailable(
-                f"{entry.id} needs about {estimate >> 20} MiB; models.memory_budget_bytes allows {self.budget >> 20} MiB.",
+                f"{entry.id} needs about {estimate >> 20} MiB; memory_budget_bytes allows {self.budget >> 20} MiB.",
                 slug="model-memory",
             )
         self._evict(estimate)
         started, before = time.monotonic(), _allocated(self.device)
         txt2img = self._load(entry, path, dtype, self.device)
-        img2img = loading.CLASSES[entry.model.family].img2img(**txt2img.components, **_flags(txt2img))
-        img2img.set_progress_bar_config(disable=True)
+        img2img = None
+        if cls := loading.CLASSES[entry.model.family].img2img:
+            img2img = cls(**txt2img.components, **_flags(txt2img))
+            img2img.set_progress_bar_config(disable=True)
         measured = (_allocated(self.device) - before) if self.device.type == "cuda" else _tensor_bytes(txt2img)
         now = time.monotonic()
         adapters = Adapters(txt2img, entry.id, self.lora_budget)

@@ -115,9 +115,18 @@ def catalogue(miniatures: dict[str, Path]) -> list[dict]:
     return entries
 
 
+def unidiffuser(miniatures: dict[str, Path], **more: object) -> dict:
+    """The UniDiffuser runner's settings, with a miniature as its default."""
+    entries = [
+        {"id": "mini/unidiffuser", "family": "unidiffuser", "source": str(miniatures["unidiffuser"]), "size": 64, "licence": "Apache-2.0"},
+        {"id": "mini/of-another-size", "family": "unidiffuser", "source": str(miniatures["unidiffuser"]), "size": 512},
+    ]
+    return {"default": "mini/unidiffuser", "catalogue": entries, "cpu_threads": 1, **more}
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, miniatures: dict[str, Path]) -> Iterator[Server]:
-    """The entry service with its runner, for all tests that do not need a server of their own."""
-    overrides = {"models": {"catalogue": catalogue(miniatures)}}
+    """The entry service with its runners, for all tests that do not need a server of their own."""
+    overrides = {"models": {"catalogue": catalogue(miniatures)}, "unidiffuser": unidiffuser(miniatures)}
     with serving(tmp_path_factory.mktemp("server"), overrides) as running:
         yield running

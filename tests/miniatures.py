@@ -1,6 +1,6 @@
 """A miniature of every family, from its real configuration classes: random weights that prove the wiring.
 
-SD 1.5 (epsilon, PNDM), SD 2.1 (v-prediction), SDXL (two text encoders), Flux (CLIP and T5).
+SD 1.5 (epsilon, PNDM), SD 2.1 (v-prediction), SDXL (two text encoders), Flux (CLIP and T5), UniDiffuser (v1's layout).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -19,12 +20,19 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniDiffuserModel,
+    UniDiffuserPipeline,
+    UniDiffuserTextDecoder,
 )
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    GPT2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -107,7 +115,36 @@ def flux() -> FluxPipeline:
     )  # fmt: skip
 
 
-MAKERS = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl, "flux": flux}
+def unidiffuser() -> UniDiffuserPipeline:
+    """As thu-ml/unidiffuser-v1: post-norm, a data-type token, and a text decoder behind a narrower prefix.
+    The text decoder's tokenizer has the bytes alone, without merges."""
+    tokenizer = _tokenizer()
+    text = CLIPTextConfig(**_text_config(tokenizer).to_dict())
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in letters]
+    vocabulary = {c: i for i, c in enumerate([*map(chr, letters), *(chr(256 + i) for i in range(len(others))), "<|endoftext|>"])}
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, projection_dim=24)
+    unet = UniDiffuserModel(
+        text_dim=16, clip_img_dim=24, num_text_tokens=77, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
+        num_layers=2, norm_num_groups=16, sample_size=8, patch_size=2, activation_fn="gelu", num_embeds_ada_norm=1000,
+        block_type="unidiffuser", use_timestep_embedding=False, norm_elementwise_affine=True, use_patch_pos_embed=False,
+        ff_final_dropout=True, use_data_type_embedding=True,
+    )  # fmt: skip
+    torch.nn.init.normal_(unet.data_type_pos_embed_token)
+    decoder = UniDiffuserTextDecoder(
+        prefix_length=77, prefix_inner_dim=32, prefix_hidden_dim=16, vocab_size=len(vocabulary), n_positions=160, n_embd=32, n_layer=2, n_head=4,
+    )  # fmt: skip
+    # transformers 5 ties these when the model is made; diffusers cannot save tied weights as safetensors.
+    decoder.transformer.lm_head.weight = torch.nn.Parameter(decoder.transformer.lm_head.weight.detach().clone())
+    return UniDiffuserPipeline(
+        vae=_vae(), text_encoder=CLIPTextModel(text), image_encoder=CLIPVisionModelWithProjection(vision),
+        clip_image_processor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), clip_tokenizer=tokenizer,
+        text_decoder=decoder,
+        text_tokenizer=GPT2Tokenizer(vocab=vocabulary, merges=[]), unet=unet, scheduler=DPMSolverMultistepScheduler(**{k: v for k, v in NOISE.items() if k != "steps_offset"}),
+    )  # fmt: skip
+
+
+MAKERS = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl, "flux": flux, "unidiffuser": unidiffuser}
 
 
 def save_all(folder: Path) -> dict[str, Path]:

@@ -27,7 +27,7 @@ SMALL = ("sd15", "sd2", "sdxl", "flux")
 
 @pytest.fixture(scope="module")
 def device(miniatures: dict[str, Path]) -> Iterator[Device]:
-    entries = [Model(id=f, family=f, source=str(p)) for f, p in miniatures.items()]
+    entries = [Model(id=f, family=f, source=str(miniatures[f])) for f in SMALL]
     before = torch.get_num_threads()
     settings = Settings(models=Models(default="sd15", catalogue=entries, cpu_threads=1))
     made = Device(settings, Catalogue(settings))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from core.problems import Problem
-from runners.queue import DeviceQueue, Job
+from runners.queue import DeviceQueue, Job, Share, check_all
 
 
 @pytest.fixture
@@ -131,3 +131,73 @@ def test_closing_tells_those_who_wait() -> None:
     blocker.go.set()
     closing.join(5)
     assert not closing.is_alive()
+
+
+def sharing(queue: DeviceQueue, batches: list[list[str]], name: str, key: str = "k", rows: int = 1, work=None):
+    """Submit a job that may share a batch of 4; its client is the first letter of its name."""
+
+    def together(jobs: list[Job[str]], names: list[str]) -> list[str]:
+        batches.append(names)
+        if work:
+            work(jobs)
+        return [f"{name}!" for name in names]
+
+    def alone(job: Job[str]) -> str:
+        return together([job], [name])[0]
+
+    return queue.submit(Job(name, name[0], alone, 60, share=Share(key, name, rows, 4, together)))
+
+
+def test_jobs_that_wait_share_a_batch_up_to_its_size(queue: DeviceQueue) -> None:
+    blocker, batches = Blocker(queue), []
+    futures = [sharing(queue, batches, name) for name in ("a1", "a2", "a3", "b1", "b2")]
+    blocker.go.set()
+    assert [f.result(5) for f in futures] == ["a1!", "a2!", "a3!", "b1!", "b2!"]
+    assert batches == [["a1", "b1", "a2", "b2"], ["a3"]]
+
+
+def test_a_batch_takes_only_its_own_kind_and_what_fits_and_keeps_each_keys_order(queue: DeviceQueue) -> None:
+    blocker, batches = Blocker(queue), []
+    futures = [sharing(queue, batches, "a1", rows=2), sharing(queue, batches, "b1", rows=3), sharing(queue, batches, "c1", key="other"), sharing(queue, batches, "c2")]
+    futures += [sharing(queue, batches, "d1", rows=2)]
+    blocker.go.set()
+    for future in futures:
+        future.result(5)
+    assert batches == [["a1", "d1"], ["b1"], ["c1"], ["c2"]]
+
+
+def test_a_key_with_much_to_share_does_not_hold_up_another(queue: DeviceQueue) -> None:
+    blocker, batches = Blocker(queue), []
+    futures = [sharing(queue, batches, f"a{i}", rows=2) for i in range(4)]
+    futures.append(queue.submit(Job("b1", "b", lambda job: batches.append(["b1"]), 60)))
+    blocker.go.set()
+    for future in futures:
+        future.result(5)
+    assert batches == [["a0", "a1"], ["b1"], ["a2", "a3"]]
+
+
+def test_one_job_of_a_batch_is_cancelled_and_the_others_go_on(queue: DeviceQueue) -> None:
+    blocker, batches, started, going = Blocker(queue), [], threading.Event(), threading.Event()
+
+    def work(jobs: list[Job[str]]) -> None:
+        check_all(jobs)
+        started.set()
+        assert going.wait(5)
+        check_all(jobs)
+
+    kept, dropped = sharing(queue, batches, "a1", work=work), sharing(queue, batches, "b1", work=work)
+    blocker.go.set()
+    assert started.wait(5)
+    assert queue.status().running == 2
+    assert queue.cancel("b1")
+    going.set()
+    assert kept.result(5) == "a1!"
+    assert dropped.exception(5).details.status == 499
+    assert queue.status().running == 0
+
+
+def test_a_batch_that_fails_tells_every_caller(queue: DeviceQueue) -> None:
+    blocker, batches = Blocker(queue), []
+    futures = [sharing(queue, batches, name, work=lambda jobs: 1 / 0) for name in ("a1", "b1")]
+    blocker.go.set()
+    assert [type(f.exception(5)) for f in futures] == [ZeroDivisionError] * 2

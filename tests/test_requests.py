@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from api import reading
 from core import schedulers
 from core.catalogue import Catalogue
-from core.generation import Pixels, Plan
+from core.generation import GenerationRequest, Pixels, Plan
 from core.problems import Problem
 from core.settings import Model, Models, Settings
 
@@ -127,7 +127,7 @@ def test_an_unlisted_model_needs_the_setting_and_is_never_a_path() -> None:
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
-@given(st.dictionaries(st.sampled_from([*reading.PARAMETERS, "nonsense"]), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers())), max_size=6))
+@given(st.dictionaries(st.sampled_from([*GenerationRequest.model_fields, "nonsense"]), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers())), max_size=6))
 def test_any_values_give_a_plan_or_a_problem(values: dict[str, object]) -> None:
     try:
         plan(**values)

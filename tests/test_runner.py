@@ -25,7 +25,7 @@ def plan() -> Plan:
 
 def test_a_client_that_leaves_while_weights_are_fetched_is_not_drawn_for(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, fetched, drawn = DiffusionRunner(), threading.Event(), []
-    runner.start("test", SETTINGS, Draining(1, 0))
+    runner.start("test", SETTINGS, SETTINGS.models, Draining(1, 0))
 
     def slow_fetch(_: object) -> Path:
         fetched.wait(10)
@@ -36,7 +36,7 @@ def test_a_client_that_leaves_while_weights_are_fetched_is_not_drawn_for(monkeyp
 
     async def leave() -> Generation:
         wanted = plan()
-        work = asyncio.create_task(DiffusionRunner.generate.func(runner, wanted))
+        work = asyncio.create_task(DiffusionRunner.run.func(runner, wanted))
         await asyncio.sleep(0.1)
         assert await DiffusionRunner.cancel.func(runner, wanted.id)
         outcome = await asyncio.wait_for(work, 5)
@@ -56,7 +56,7 @@ class Elsewhere:
     def __init__(self, answers: list[str]) -> None:
         self.answers = answers
 
-    async def generate(self, _: Plan) -> Generation:
+    async def run(self, _: Plan) -> Generation:
         await asyncio.sleep(0.5)
         return Generation(seeds=[1])
 
@@ -72,7 +72,7 @@ class Elsewhere:
 def test_only_a_runner_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, answers: list[str], kept: bool) -> None:
     monkeypatch.setattr(backend, "PROBE_EVERY_S", 0.05)
     monkeypatch.setattr(backend, "PROBE_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(backend, "runner", lambda: Elsewhere(list(answers)))
+    monkeypatch.setattr(backend, "runner", lambda _: Elsewhere(list(answers)))
     if kept:
         assert asyncio.run(backend.generate(plan(), None)).seeds == [1]
     else:

@@ -13,8 +13,8 @@ import requests
 
 from core import keys
 from core.settings import Secrets
-from tests.conftest import Server, serving, wait_for
-from tests.test_http import FAST, picture, problem
+from tests.conftest import Server, serving, unidiffuser, wait_for
+from tests.test_http import FAST, jpeg, picture, problem
 
 pytestmark = pytest.mark.http
 SLOW = {"prompt": "x", "num_inference_steps": 100, "count_returned": 2}
@@ -45,8 +45,8 @@ def test_sigterm_delivers_the_picture_and_refuses_more(tmp_path: Path) -> None:
         assert server.process.wait(30) == 0
 
 
-def test_a_killed_runner_is_a_503_and_comes_back(tmp_path: Path) -> None:
-    with serving(tmp_path, ONE_MODEL) as server:
+def test_a_killed_runner_is_a_503_and_comes_back_and_the_other_works_on(tmp_path: Path, miniatures: dict[str, Path]) -> None:
+    with serving(tmp_path, {**ONE_MODEL, "unidiffuser": unidiffuser(miniatures)}) as server:
         thread, answers = in_background(server)
         killed = runner_of(server)
         killed.kill()
@@ -55,7 +55,9 @@ def test_a_killed_runner_is_a_503_and_comes_back(tmp_path: Path) -> None:
         assert time.monotonic() - started < 15
         assert int(answers[0].headers["retry-after"]) > 0
         problem(answers[0], 503)
-        wait_for(lambda: requests.get(server.url + "/readyz", timeout=10).status_code == 200, 90, server)
+        assert server.post("/img2prompt", files={"image": jpeg()}, params={"num_inference_steps": 2}).status_code == 200
+        assert requests.get(server.url + "/readyz", timeout=10).status_code == 200
+        wait_for(lambda: all(r["ready"] for r in server.get("/buffer_status").json()["runners"]), 90, server)
         assert picture(server.post("/post_config", params={"prompt": "x", **FAST}))
         assert runner_of(server).pid != killed.pid
 

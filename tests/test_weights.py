@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from core.catalogue import Catalogue
 from core.problems import Problem
-from core.settings import Model, Models, Settings
+from core.settings import Model, Models, Settings, UniDiffuser
 from runners import loading, weights
 from runners.residency import Residency
 
@@ -61,8 +61,8 @@ def test_memory_is_counted_by_what_will_be_loaded(folder: Path, miniatures: dict
     assert weights.size_in_memory(folder, None, torch.float32) == 2 * 300 * 4
     for family, path in miniatures.items():
         model = Model(id="m", family=family, source=str(path))
-        settings = Settings(models=Models(default="m", catalogue=[model]))
-        resident = Residency(settings.models, torch.device("cpu")).acquire(Catalogue(settings).find("m"), path, torch.float32)
+        models = (UniDiffuser if family == "unidiffuser" else Models)(default="m", catalogue=[model])
+        resident = Residency(models, torch.device("cpu")).acquire(Catalogue(Settings(), models).find("m"), path, torch.float32)
         assert weights.size_in_memory(path, None, torch.float32) == pytest.approx(resident.bytes, rel=0.05)
 
 
