@@ -90,10 +90,10 @@ class Gate:
         await answer.finish()
 
     async def _ready(self, answer: _Answer) -> None:
-        if self.draining.active:
-            raise self.draining.refuse()
         """Ready: every runner has been ready once, and one is now. A runner that is lost later on does
         not keep requests from the other; its own routes answer 503 until it is back."""
+        if self.draining.active:
+            raise self.draining.refuse()
         found = await backend.statuses()
         self._met |= {name for name, status in found.items() if isinstance(status, RunnerStatus) and status.ready}
         states = {
@@ -110,11 +110,14 @@ class Gate:
         """Who calls.
 
         Raises:
-            Problem: 401 without a valid key, 403 for a user key on an admin path.
+            Problem: 401 without a valid key, 403 for a user key on an admin path. Without keys, 403 for
+                who is not on this machine, and for pages of other sites in a browser that is.
         """
+        headers = {name.decode("latin-1").lower(): value.decode("utf-8", "surrogateescape") for name, value in scope["headers"]}
         if self.keys.off and not _is_local(scope):
             raise problem(403, "auth-off", "Forbidden", "auth.mode is off, which serves loopback addresses only. Configure keys to serve others.")
-        headers = {name.decode("latin-1").lower(): value.decode("utf-8", "surrogateescape") for name, value in scope["headers"]}
+        if self.keys.off and headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise problem(403, "cross-site", "Forbidden", "auth.mode is off, so pages of other sites are refused. Configure keys to serve them.")
         caller = self.keys.caller(headers)
         if caller is None:
             raise problem(

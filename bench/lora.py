@@ -107,7 +107,7 @@ def measure_switching(paths: list[str], steps: int, switches: int) -> dict[str, 
         for i in range(switches):
             timed("switch", home.adapt, resident, [loras[i % 2]])
         timing = Timing()
-        denoise.generate(resident, plan, home.adapt(resident, plan.loras), lambda: None, 1, timing)
+        denoise.generate(resident, [plan], home.adapt(resident, plan.loras), lambda: None, 1, [timing])
         taken["step"].append(timing.denoise / steps)
     home.unload(None)
     return taken

@@ -135,6 +135,12 @@ class Plan(BaseModel):
     images: list[Pixels] = []  # for UniDiffuser: each is captioned, embedded or varied with every seed
     data_type: int = 1  # UniDiffuser's own argument, see core.multimodal
 
+    @property
+    def batch_key(self) -> str:
+        """Plans with equal keys can share a batch: all but prompts, seeds and input pictures is alike."""
+        own = {"id", "client", "prompt", "negative_prompt", "seeds", "commercial", "image", "images", "deadline_s", "notes"}
+        return f"{self.image is None} {self.model_dump_json(exclude=own)}"
+
 
 class Timing(BaseModel):
     """Milliseconds a request spent in each stage."""

@@ -1,14 +1,15 @@
-"""One plan on one resident pipeline: embed, denoise step by step, decode, and tell what ran.
+"""Plans on one resident pipeline: embed, denoise step by step, decode, and tell what ran.
 
-This is the main path's middle: everything here happens in the device's thread.
+This is the main path's middle: everything here happens in the device's thread. Plans that come
+together are alike (`Plan.batch_key`); their pictures share denoising batches.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from core import __version__, schedulers
 from core.generation import AppliedLora, Generation, Pixels, Plan, PlannedLora, Ran, Timing
@@ -24,34 +27,37 @@ from core.problems import Problem, invalid_field, problem
 from core.schedulers import Scheduler
 from core.settings import Family
 from runners import prompts
+from runners.prompts import Embedded
 from runners.residency import Resident
 
 Check = Callable[[], None]
 
 
-def generate(resident: Resident, plan: Plan, loras: list[AppliedLora], check: Check, max_batch: int, timing: Timing) -> Generation:
-    """Draw the pictures of a plan.
+def generate(
+    resident: Resident, plans: list[Plan], loras: list[AppliedLora], check: Check, max_batch: int, timings: list[Timing]
+) -> list[Generation]:
+    """Draw the pictures of plans with one `batch_key`; each gets a generation of its own.
 
     Args:
         resident: the model in memory.
-        plan: what to draw; picture i uses a CPU generator seeded with `plan.seeds[i]`, so that it
-            comes out the same alone, in a batch and on another device.
+        plans: what to draw; picture i of a plan uses a CPU generator seeded with `plan.seeds[i]`, so
+            that it comes out the same alone, in a batch and on another device.
         loras: what now acts on the model (the text encoders too, so prompts are embedded under it).
         check: raises when the work should stop; called between denoising steps.
         max_batch: how many pictures are denoised at once.
-        timing: filled in with the stages' milliseconds.
+        timings: each plan's, filled in with the milliseconds of the batches that it was part of.
 
     Raises:
         Problem: what `check` raises.
     """
     family = resident.entry.model.family
-    pipe = resident.txt2img if plan.image is None else resident.img2img
-    # 1. A scheduler of this request's own: schedulers keep state, and sharing one mixes requests up.
-    scheduler, named = make_scheduler(resident, plan.scheduler)
-    pipe.scheduler = scheduler
-    # 2. Prompts to embeddings, once for all pictures.
+    pipe = resident.txt2img if plans[0].image is None else resident.img2img
+    # 1. A scheduler of this batch's own: schedulers keep state, and sharing one mixes requests up.
+    pipe.scheduler, named = make_scheduler(resident, plans[0].scheduler)
+    # 2. Each prompt to embeddings, once for all its pictures.
     began = last_step = time.perf_counter()
-    embedded = prompts.embed(pipe, family, plan)
+    embedded = [prompts.embed(pipe, family, plan) for plan in plans]
+    inputs = [_input(plan) for plan in plans]
     steps_run = 0
 
     def after_step(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -62,38 +68,69 @@ def generate(resident: Resident, plan: Plan, loras: list[AppliedLora], check: Ch
         return tensors
 
     # 3. Denoise and decode, in batches that fit.
-    pictures: list[Pixels] = []
-    for start in range(0, len(plan.seeds), max_batch):
-        seeds = plan.seeds[start : start + max_batch]
+    pictures: list[list[Pixels]] = [[] for _ in plans]
+    failed: dict[int, Problem] = {}
+    for batch in _batches(plans, embedded, max_batch):
         check()
+        steps_run = 0
         arrays = pipe(
-            **embedded.arguments,
-            **_arguments(plan, family),
-            num_images_per_prompt=len(seeds),
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            **_stacked([embedded[i].arguments for i, _ in batch]),
+            **_arguments(plans[0], [inputs[i] for i, _ in batch], family),
+            generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
             output_type="np",
             callback_on_step_end=after_step,
         ).images
-        timing.denoise += 1000 * (last_step - began)
-        pictures += [to_pixels(array) for array in arrays]
+        for (i, _), array in zip(batch, arrays, strict=True):
+            try:
+                pictures[i].append(to_pixels(array))
+            except Problem as problem:
+                failed[i] = problem
         decoded = time.perf_counter()
-        timing.decode += 1000 * (decoded - last_step)
+        for i in {i for i, _ in batch}:
+            timings[i].denoise += 1000 * (last_step - began)
+            timings[i].decode += 1000 * (decoded - last_step)
         began = decoded
     # 4. What ran, for headers and metadata.
-    batches = math.ceil(len(plan.seeds) / max_batch)
-    ran = Ran(
+    return [
+        Generation(problem=failed[i].details)
+        if i in failed
+        else Generation(pictures=pictures[i], seeds=plan.seeds, ran=_ran(resident, plan, loras, embedded[i], named, steps_run, pictures[i][0], timings[i]))
+        for i, plan in enumerate(plans)
+    ]
+
+
+def _batches(plans: list[Plan], embedded: list[Embedded], max_batch: int) -> Iterator[list[tuple[int, int]]]:
+    """(plan, seed) of every picture, at most `max_batch` at once. Prompts of different length do not
+    share a batch: one that is padded to the other's length is not what it is alone."""
+    rows = [(i, seed) for i, plan in enumerate(plans) for seed in plan.seeds]
+    for _, alike in itertools.groupby(rows, key=lambda row: [t.shape for t in embedded[row[0]].arguments.values()]):
+        remaining = list(alike)
+        for start in range(0, len(remaining), max_batch):
+            yield remaining[start : start + max_batch]
+
+
+def _stacked(arguments: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The rows' prompt arguments, each (1, ...), as one (N, ...)."""
+    return {name: torch.cat([row[name] for row in arguments]) for name in arguments[0]}
+
+
+def _ran(
+    resident: Resident, plan: Plan, loras: list[AppliedLora], embedded: Embedded, named: Scheduler, steps_run: int, picture: Pixels, timing: Timing
+) -> Ran:
+    model = resident.entry.model
+    return Ran(
         model_id=resident.entry.id,
         model_sha256=resident.sha256,
-        family=family,
+        family=model.family,
         scheduler=named.sampler,
         schedule=named.schedule,
         torch_dtype=str(resident.dtype).removeprefix("torch."),
-        device=str(pipe.device),
+        device=str(resident.txt2img.device),
         num_inference_steps=plan.num_inference_steps,
-        steps_run=steps_run // batches,
+        steps_run=steps_run,
         guidance_scale=plan.guidance_scale,
-        width=pictures[0].width,
-        height=pictures[0].height,
+        width=picture.width,
+        height=picture.height,
         clip_skip=plan.clip_skip,
         loras=loras,
         strength=plan.strength,
@@ -101,14 +138,13 @@ def generate(resident: Resident, plan: Plan, loras: list[AppliedLora], check: Ch
         negative_prompt=plan.negative_prompt,
         prompt_tokens=embedded.tokens,
         prompt_tokens_cut=embedded.cut,
-        licence=resident.entry.model.licence,
-        commercial_use=resident.entry.model.commercial_use and all(lora.commercial_use for lora in loras),
-        credit=list(dict.fromkeys(filter(None, [resident.entry.model.credit, *(lora.credit for lora in loras)]))),
+        licence=model.licence,
+        commercial_use=model.commercial_use and all(lora.commercial_use for lora in loras),
+        credit=list(dict.fromkeys(filter(None, [model.credit, *(lora.credit for lora in loras)]))),
         notes=[*plan.notes, *embedded.notes, *_told(plan.loras, loras)],
         libraries=libraries(),
         timing=timing,
     )
-    return Generation(pictures=pictures, seeds=plan.seeds, ran=ran)
 
 
 def _told(planned: list[PlannedLora], applied: list[AppliedLora]) -> list[str]:
@@ -122,13 +158,17 @@ def _told(planned: list[PlannedLora], applied: list[AppliedLora]) -> list[str]:
     return notes
 
 
-def _arguments(plan: Plan, family: Family) -> dict[str, Any]:
+def _input(plan: Plan) -> Image.Image | None:
+    return None if plan.image is None else to_pil(plan.image).resize((plan.width, plan.height), Image.Resampling.LANCZOS)
+
+
+def _arguments(plan: Plan, inputs: list[Image.Image | None], family: Family) -> dict[str, Any]:
+    """The pipeline's arguments that the batch has in common, and its input pictures."""
     common: dict[str, Any] = {"num_inference_steps": plan.num_inference_steps, "guidance_scale": plan.guidance_scale}
+    size = {"width": plan.width, "height": plan.height}
     if plan.image is None:
-        return common | {"width": plan.width, "height": plan.height}
-    picture = to_pil(plan.image).resize((plan.width, plan.height), resample=1)  # Lanczos
-    size = {"width": plan.width, "height": plan.height} if family == "flux" else {}  # the others take the picture's
-    return common | size | {"image": picture, "strength": plan.strength}
+        return common | size
+    return common | (size if family == "flux" else {}) | {"image": inputs, "strength": plan.strength}  # the others take the picture's size
 
 
 def make_scheduler(resident: Resident, name: str | None) -> tuple[Any, Scheduler]:

@@ -52,15 +52,11 @@ class Device:
 
     def submit(self, plan: Plan, path: Path) -> Future[Generation]:
         """Queue a plan whose model's files are at `path`."""
-        job: Job[Generation] = Job(plan.id, plan.client, lambda job: self._run([job], [plan], path)[0], plan.deadline_s)
-        if self.catalogue.find(plan.model_id).traits.multimodal:
-            job.share = self._share(plan, path)
-        return self.queue.submit(job)
-
-    def _share(self, plan: Plan, path: Path) -> Share[Plan, Generation]:
-        """Plans that differ in their pictures, prompt, seeds and owner alone are run as one batch."""
-        alike = (plan.model_id, plan.torch_dtype, plan.task, plan.num_inference_steps, plan.guidance_scale, plan.scheduler, plan.data_type)
-        return Share(alike, plan, multimodal.rows_of(plan), self.catalogue.models.max_batch, lambda jobs, plans: self._run(jobs, plans, path))
+        rows = multimodal.rows_of(plan) if self.catalogue.find(plan.model_id).traits.multimodal else len(plan.seeds)
+        share: Share[Plan, Generation] = Share(
+            plan.batch_key, plan, rows, self.catalogue.models.max_batch, lambda jobs, plans: self._run(jobs, plans, path)
+        )
+        return self.queue.submit(Job(plan.id, plan.client, lambda job: self._run([job], [plan], path)[0], plan.deadline_s, share))
 
     def unload(self, model_id: str | None) -> Future[int]:
         """Queue the unloading of one model, or of all."""
@@ -68,7 +64,7 @@ class Device:
         return self.queue.submit(job)
 
     def _run(self, jobs: list[Job[Generation]], plans: list[Plan], path: Path) -> list[Generation]:
-        """In the device's thread: make the model resident, then draw. Several plans are UniDiffuser's."""
+        """In the device's thread: make the model resident, then draw plans that are alike."""
         timings = [Timing(queue=1000 * (time.monotonic() - job.submitted)) for job in jobs]
         plan = plans[0]
         entry = self.catalogue.find(plan.model_id)
@@ -87,7 +83,7 @@ class Device:
             plans = [p.model_copy(update={"notes": [*p.notes, *notes]}) for p in plans]
             if entry.traits.multimodal:
                 return multimodal.run(resident, plans, check, self.catalogue.models.max_batch, timings)
-            return [denoise.generate(resident, plans[0], loras, check, self.catalogue.models.max_batch, timings[0])]
+            return denoise.generate(resident, plans, loras, check, self.catalogue.models.max_batch, timings)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # a CPU's way to say it
                 raise

@@ -28,7 +28,7 @@ _TOKEN = re.compile(r"\\\\|\\[()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\
 class Embedded:
     """The pipeline's prompt arguments, and how much of the prompt they hold."""
 
-    arguments: dict[str, Any]
+    arguments: dict[str, Tensor]
     tokens: int
     cut: int
     notes: list[str]
@@ -75,10 +75,10 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
 
 
 def embed(pipe: DiffusionPipeline, family: Family, plan: Plan) -> Embedded:
-    """Everything the pipeline needs of the prompts, as its keyword arguments."""
-    if family == "flux":
-        return _for_flux(pipe, plan)
+    """Everything the pipeline needs of the prompts, as its keyword arguments: tensors, (1, ...)."""
     with torch.inference_mode():
+        if family == "flux":
+            return _for_flux(pipe, plan)
         return _for_sdxl(pipe, plan) if family == "sdxl" else _for_sd(pipe, plan)
 
 
@@ -119,7 +119,8 @@ def _for_flux(pipe: DiffusionPipeline, plan: Plan) -> Embedded:
         notes.append("prompt weights are plain text to this model")
     if len(pipe.tokenizer(plan.prompt, truncation=False).input_ids) > pipe.tokenizer.model_max_length:
         notes.append("the CLIP embedding holds the prompt's first 75 tokens; T5 reads up to 512")
-    return Embedded({"prompt": plan.prompt, "max_sequence_length": limit}, tokens, max(0, tokens - (limit - 1)), notes)
+    embeds, pooled, _ = pipe.encode_prompt(plan.prompt, None, device=pipe.device, max_sequence_length=limit)
+    return Embedded({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, tokens, max(0, tokens - (limit - 1)), notes)
 
 
 def _weighted(tokenizer: Any, encoder: nn.Module, prompts: list[list[tuple[str, float]]], kind: ReturnedEmbeddingsType) -> Tensor:

@@ -86,9 +86,12 @@ def test_a_wrong_setting_is_told_in_a_few_lines(tmp_path: Path) -> None:
         assert "Traceback" not in log
 
 
-def test_auth_off_serves_loopback(tmp_path: Path) -> None:
+def test_auth_off_serves_loopback_but_no_page_of_another_site(tmp_path: Path) -> None:
     with serving(tmp_path, {**ONE_MODEL, "auth": {"mode": "off"}}, env={"API_KEY": "", "ADMIN_API_KEY": ""}) as server:
         assert requests.get(server.url + "/capabilities", timeout=10).ok
+        foreign = requests.get(server.url + "/add_new_lora?name=x", headers={"Sec-Fetch-Site": "cross-site"}, timeout=10)
+        assert foreign.status_code == 403
+        assert foreign.json()["type"].endswith("cross-site")
 
 
 def test_keys_are_made_once_and_only_readable_by_their_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
