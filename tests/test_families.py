@@ -98,9 +98,10 @@ def test_numbers_that_overflow_are_told_and_not_drawn_black(device: Device) -> N
     entry = device.catalogue.find("sd15")
     vae = device.residency.acquire(entry, device.fetch(entry), torch.float32).txt2img.vae
     hook = vae.decoder.register_forward_hook(lambda _module, _args, out: out * float("nan"))
-    with pytest.raises(Problem, match="float32"):
-        draw(device, "sd15")
+    problem = draw(device, "sd15").problem
     hook.remove()
+    assert problem is not None
+    assert "float32" in problem.detail
     assert draw(device, "sd15").pictures
 
 
