@@ -397,8 +397,10 @@ def test_the_second_goes_on_where_the_first_is_cancelled(fake: FakeCivitai, tmp_
     fake.faults.file = "slow"
 
     async def run() -> tuple[Any, Added]:
-        first, second = made.start(AddLora(source=1)), made.start(AddLora(source=1))
-        await until(lambda: first.state.progress.bytes > 0)
+        jobs = [made.start(AddLora(source=1)), made.start(AddLora(source=1))]
+        await until(lambda: any(job.state.progress.bytes for job in jobs))
+        jobs.sort(key=lambda job: -job.state.progress.bytes)  # either may have come first to the lock
+        first, second = jobs
         await made.cancel(first.state.id)
         return first.state, await second.result()
 
