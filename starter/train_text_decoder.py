@@ -6,12 +6,16 @@ to write through it. UniDiffuserPipeline draws its starting noise at the text en
 sends it through the same narrow layer: the layer must therefore keep unit noise unit noise, so it
 has orthonormal rows and no bias. It is the principal subspace of the states, turned at random so
 that all its directions vary alike, and the text encoder's last norm is scaled so that they vary by
-one. Run after train_clip.py; Bao et al. 2023 take the decoder's shape from Mokady et al. 2021.
+one. Bao et al. 2023 take the decoder's shape from Mokady et al. 2021.
+
+Run after train_clip.py. Resumes from the decoder in the output folder. train_unidiffuser.py needs the
+narrow layer only, which is written first, so both may run side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import random
 import time
@@ -77,16 +81,28 @@ def build(tokenizer: GPT2Tokenizer) -> UniDiffuserTextDecoder:
     )  # fmt: skip
 
 
+def save(out: Path, decoder: UniDiffuserTextDecoder) -> None:
+    decoder = copy.deepcopy(decoder)
+    # safetensors keeps no shared tensors: the output layer is written beside the embedding it is tied to.
+    decoder.transformer.lm_head.weight = nn.Parameter(decoder.transformer.lm_head.weight.clone())
+    decoder.half().save_pretrained(out / "text_decoder")
+    plain_loading(out / "text_decoder")
+
+
 def written(decoder: UniDiffuserTextDecoder, tokenizer: GPT2Tokenizer, narrowed: Tensor) -> list[str]:
-    """Captions from narrow states, as the pipeline writes them."""
-    rows, lengths = decoder.generate_captions(narrowed, tokenizer.eos_token_id, device=narrowed.device)
-    return [tokenizer.decode(row[: int(n)], skip_special_tokens=True) for row, n in zip(rows, lengths, strict=True)]
+    """Captions from narrow states, as the pipeline writes them (one by one: it stacks what a batch
+    gives, which fails when captions differ in length)."""
+    texts = []
+    for one in narrowed.split(1):
+        rows, lengths = decoder.generate_captions(one, tokenizer.eos_token_id, device=one.device)
+        texts.append(tokenizer.decode(rows[0][: int(lengths[0])], skip_special_tokens=True))
+    return texts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--minutes", type=float, default=6, help="of CPU time, so that a busy machine changes nothing")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, default=HERE / "unidiffuser")
     args = parser.parse_args()
@@ -96,19 +112,28 @@ def main() -> None:
     emoji = data.load()
     clip_tokenizer = CLIPTokenizer.from_pretrained(args.out / "clip_tokenizer")
     encoder = CLIPTextModelWithProjection.from_pretrained(args.out / "text_encoder", dtype=torch.float32)
-    tokenizer = train_tokenizer([t.format(e.name) for e in emoji for t in set(TEMPLATES)] + [k for e in emoji for k in e.keywords])
-    decoder = build(tokenizer)
-    rows = narrow(encoder, tokens(clip_tokenizer, [e.name for e in emoji]))
-    with torch.no_grad():
-        decoder.encode_prefix.weight.copy_(rows)
-        decoder.encode_prefix.bias.zero_()
+    if (args.out / "text_decoder").exists():
+        tokenizer = GPT2Tokenizer.from_pretrained(args.out / "text_tokenizer")
+        decoder = UniDiffuserTextDecoder.from_pretrained(args.out / "text_decoder", torch_dtype=torch.float32).train()
+    else:
+        tokenizer = train_tokenizer([t.format(e.name) for e in emoji for t in set(TEMPLATES)] + [k for e in emoji for k in e.keywords])
+        decoder = build(tokenizer)
+        rows = narrow(encoder, tokens(clip_tokenizer, [e.name for e in emoji]))
+        with torch.no_grad():
+            decoder.encode_prefix.weight.copy_(rows)
+            decoder.encode_prefix.bias.zero_()
+        copy.deepcopy(encoder).half().save_pretrained(args.out / "text_encoder")
+        plain_loading(args.out / "text_encoder")
+        tokenizer.save_pretrained(args.out / "text_tokenizer")
+        save(args.out, decoder)
     decoder.encode_prefix.requires_grad_(False)
+    decoder.transformer.set_attn_implementation("eager")
     print(f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
 
     optimizer = torch.optim.AdamW([p for p in decoder.parameters() if p.requires_grad], args.rate, (0.9, 0.98), weight_decay=0.01)
-    started = shown = time.monotonic()
+    started = shown = time.process_time()
     step, losses = 0, []
-    while (used := (time.monotonic() - started) / (60 * args.minutes)) < 1:
+    while (used := (time.process_time() - started) / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.rate * min(1, (step + 1) / 100) * max(0.01, math.cos(used * math.pi / 2))
         texts = [e.name if rng.random() < 0.6 else prompt_for(e, rng) for e in rng.sample(emoji, args.batch)]
@@ -128,23 +153,18 @@ def main() -> None:
         optimizer.step()
         step += 1
         losses.append(loss.item())
-        if time.monotonic() - shown > 60:
-            print(f"step {step} loss {np.mean(losses):.4f} {time.monotonic() - started:.0f} s", flush=True)
-            shown, losses = time.monotonic(), []
+        if time.process_time() - shown > 60:
+            print(f"step {step} loss {np.mean(losses):.4f} {time.process_time() - started:.0f} s", flush=True)
+            shown, losses = time.process_time(), []
 
+    save(args.out, decoder)
     decoder.eval()
-    some = [e.name for e in emoji[::8]]
+    some = [e.name for e in emoji[::32]]
     clean = decoder.encode(states(encoder, tokens(clip_tokenizer, some)))
-    for noise in (0.0, 0.3, 0.6):
+    for noise in (0.0, 0.4):
         texts = written(decoder, tokenizer, clean + noise * torch.randn_like(clean))
         print(f"written back exactly through noise of {noise}: {np.mean([a == b for a, b in zip(texts, some, strict=True)]):.3f}")
     print(texts[:20])
-    encoder.half().save_pretrained(args.out / "text_encoder")
-    plain_loading(args.out / "text_encoder")
-    tokenizer.save_pretrained(args.out / "text_tokenizer")
-    # safetensors keeps no shared tensors: the output layer is written beside the embedding it is tied to.
-    decoder.transformer.lm_head.weight = nn.Parameter(decoder.transformer.lm_head.weight.clone())
-    decoder.half().save_pretrained(args.out / "text_decoder")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 One transformer learns every direction by giving picture and text timesteps of their own (Bao et al.
 2023): 0 is clean, 1000 is pure noise, so text to image, image to text, both marginals and the joint
 are the edges and the inside of one square. The paper draws both timesteps evenly; as the edges are
-what people ask for and the time is short, over half of the samples here lie on an edge. v-prediction with min-SNR
-weights as for the starter Stable Diffusion, and a moving average of the weights, which is what is
-saved. Run after train_vae.py, train_clip.py and train_text_decoder.py; resumes from its own checkpoint.
+what people ask for and the time is short, over half of the samples here lie on an edge. v-prediction, every
+timestep weighing the same, as for the starter Stable Diffusion, and a moving average of the weights,
+which is what is saved. Run after train_vae.py, train_clip.py and train_text_decoder.py; resumes from its own checkpoint.
 """
 
 from __future__ import annotations
@@ -83,22 +83,31 @@ class Frozen:
         rng = random.Random(0)
         return torch.stack([self.texts([prompt_for(e, rng) or e.name for e in emoji]) for _ in range(count)])
 
-    @torch.no_grad()
     def views(self, emoji: list[data.Emoji], count: int) -> tuple[Tensor, Tensor]:
-        """The pictures and `count` - 1 altered copies of each, as conditions for captions:
-        latents (count, N, 4, 16, 16) and CLIP embeddings (count, N, 1, EMBEDDING)."""
+        """Altered copies of the pictures, as conditions for captions: latents (count, N, 4, 16, 16)
+        and CLIP embeddings (count, N, 1, EMBEDDING)."""
         rgba = torch.from_numpy(np.stack([e.rgba for e in emoji])).permute(0, 3, 1, 2).contiguous()
         mirror = torch.tensor([not ONE_HANDED.search(e.name) for e in emoji])
         latents, embeds = [], []
-        for i in range(count):
-            if i == 0:
-                pixels = torch.from_numpy(np.stack([e.rgb() for e in emoji])).permute(0, 3, 1, 2) / 255
-            else:
-                pixels = altered(rgba, mirror, data.SIZE, strength=0.8)
-            device, scale = self.vae.device, self.vae.config.scaling_factor
-            latents.append(torch.cat([self.vae.encode(p.to(device) * 2 - 1).latent_dist.mean * scale for p in pixels.split(64)]))
-            embeds.append(self.pictures(list((pixels * 255).round().byte().permute(0, 2, 3, 1).numpy())))
+        for _ in range(count):
+            pixels = altered(rgba, mirror, data.SIZE, strength=0.8)
+            pictures = (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            with torch.autocast(self.vae.device.type, torch.bfloat16):
+                latents.append(encode_pictures(self.vae, pictures)[0].float())
+            embeds.append(self.pictures(list(pictures)))
         return torch.stack(latents), torch.stack(embeds)
+
+    def conditions(self, emoji: list[data.Emoji], variants: int) -> dict[str, Tensor]:
+        """All that the U-ViT learns from: what it makes (latents' mean and std, CLIP embeddings, names)
+        and what it is given beside them (altered copies, and wordings with keywords)."""
+        pictures = np.stack([e.rgb() for e in emoji])
+        mean, std = encode_pictures(self.vae, pictures)
+        clip, names = self.pictures(list(pictures)), self.texts([e.name for e in emoji])
+        latents, embeds = self.views(emoji, variants)
+        return {
+            "mean": mean, "std": std, "clip": clip, "names": names, "wordings": self.wordings(emoji, 2 * variants),
+            "view_latents": torch.cat([mean[None], latents]), "view_embeds": torch.cat([clip[None], embeds]),
+        }  # fmt: skip
 
 
 def build(width: int, depth: int, patch: int) -> UniDiffuserModel:
@@ -110,44 +119,40 @@ def build(width: int, depth: int, patch: int) -> UniDiffuserModel:
     )  # fmt: skip
 
 
-def save(out: Path, frozen: Frozen, unet: UniDiffuserModel) -> None:
-    """Write a folder that UniDiffuserPipeline.from_pretrained loads, in float16."""
-    text_encoder = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float16)
+def save(out: Path, unet: UniDiffuserModel) -> None:
+    """Write what is trained here, in float16, and what makes a pipeline of it and the parts that the
+    other scripts left in the folder."""
+    scheduler = DPMSolverMultistepScheduler(**NOISE, steps_offset=1)
+    unet = copy.deepcopy(unet).half()
+    unet.save_pretrained(out / "unet")
+    plain_loading(out / "unet")
+    scheduler.save_pretrained(out / "scheduler")
+    shutil.copytree(VAE, out / "vae", dirs_exist_ok=True)  # byte for byte, so that git keeps it once
+    frozen = Frozen.load(out, "cpu")
     UniDiffuserPipeline(
-        vae=copy.deepcopy(frozen.vae).half(),
-        text_encoder=text_encoder,
-        image_encoder=copy.deepcopy(frozen.image_encoder).half(),
+        vae=frozen.vae,
+        text_encoder=CLIPTextModel(frozen.text_encoder.config),  # only its class is written
+        image_encoder=frozen.image_encoder,
         clip_image_processor=processor(),
         clip_tokenizer=frozen.clip_tokenizer,
-        text_decoder=copy.deepcopy(frozen.text_decoder).half(),
+        text_decoder=frozen.text_decoder,
         text_tokenizer=frozen.text_tokenizer,
-        unet=copy.deepcopy(unet).half(),
-        scheduler=DPMSolverMultistepScheduler(**NOISE, steps_offset=1),
-    ).save_pretrained(out)
-    shutil.copytree(VAE, out / "vae", dirs_exist_ok=True)  # byte for byte, so that git keeps it once
-    # The same encoder again with its text projection, which retrieval needs and the pipeline skips.
-    copy.deepcopy(frozen.text_encoder).half().save_pretrained(out / "text_encoder")
-    for name in ("text_encoder", "image_encoder", "text_decoder", "unet"):
-        plain_loading(out / name)
+        unet=unet,
+        scheduler=scheduler,
+    ).save_config(out)
 
 
 class Trainer:
     """Draws batches from the square of timesteps and measures the loss on them."""
 
-    def __init__(self, frozen: Frozen, emoji: list[data.Emoji], device: str, variants: int) -> None:
-        self.device = device
-        self.rng = random.Random(0)
-        self.mean, self.std = encode_pictures(frozen.vae, emoji)
-        self.view_latents, self.view_embeds = frozen.views(emoji, variants)
-        self.wordings = frozen.wordings(emoji, 2 * variants)
-        self.names = frozen.texts([e.name for e in emoji])
+    def __init__(self, conditions: dict[str, Tensor], device: str) -> None:
+        self.device, self.rng = device, random.Random()
+        self.known = {name: value.to(device) for name, value in conditions.items()}
         self.schedule = DDPMScheduler(**NOISE)
-        spread = {"latents": self.mean, "clip": self.view_embeds[0], "text": self.names}
-        print("spread of what is diffused:", {k: round(v.std().item(), 3) for k, v in spread.items()}, flush=True)
-        snr = (self.schedule.alphas_cumprod / (1 - self.schedule.alphas_cumprod)).to(device)
+        print("spread of what is diffused:", {k: round(self.known[k].std().item(), 3) for k in ("mean", "clip", "names")}, flush=True)
         # Clean parts teach nothing (what noise was added cannot be seen), nor does pure noise.
-        self.weight = torch.cat([(snr.clamp(max=5) / (snr + 1)), torch.zeros(1, device=device)])
-        self.weight[0] = 0
+        self.weight = torch.ones(STEPS + 1, device=device)
+        self.weight[[0, STEPS]] = 0
 
     def noised(self, clean: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """`clean` at timesteps `t`, and the velocity there."""
@@ -158,7 +163,7 @@ class Trainer:
         return noisy, self.schedule.get_velocity(clean, noise, inside)
 
     def loss(self, unet: nn.Module, chosen: list[int]) -> dict[str, Tensor]:
-        """Mean weighted squared error of the velocity of latents, CLIP embedding and text."""
+        """Mean squared error of the velocity of latents, CLIP embedding and text, where there is noise."""
         n = len(chosen)
         tasks = self.rng.choices(list(TASKS), list(TASKS.values()), k=n)
         t_img, t_text = torch.randint(1, STEPS, (n,), device=self.device), torch.randint(1, STEPS, (n,), device=self.device)
@@ -166,15 +171,15 @@ class Trainer:
         t_text[at["text2img"]], t_img[at["img2text"]] = 0, 0
         t_text[at["img"]], t_img[at["text"]] = STEPS, STEPS
 
-        latents = self.mean[chosen] + self.std[chosen] * torch.randn_like(self.mean[chosen])
-        clip, text = self.view_embeds[0][chosen], self.names[chosen]
-        place = torch.tensor(chosen, device=self.device)
+        known, place = self.known, torch.tensor(chosen, device=self.device)
+        latents = known["mean"][place] + known["std"][place] * torch.randn_like(known["mean"][place])
+        clip, text = known["clip"][place], known["names"][place]
         asked, shown = at["text2img"].nonzero()[:, 0], at["img2text"].nonzero()[:, 0]
-        variant = torch.randint(len(self.wordings), (len(asked),), device=self.device)
-        text = text.index_put((asked,), self.wordings[variant, place[asked]])
-        variant = torch.randint(len(self.view_latents), (len(shown),), device=self.device)
-        latents = latents.index_put((shown,), self.view_latents[variant, place[shown]])
-        clip = clip.index_put((shown,), self.view_embeds[variant, place[shown]])
+        variant = torch.randint(len(known["wordings"]), (len(asked),), device=self.device)
+        text = text.index_put((asked,), known["wordings"][variant, place[asked]])
+        variant = torch.randint(len(known["view_embeds"]), (len(shown),), device=self.device)
+        latents = latents.index_put((shown,), known["view_latents"][variant, place[shown]])
+        clip = clip.index_put((shown,), known["view_embeds"][variant, place[shown]])
 
         (x, x_v), (c, c_v), (y, y_v) = self.noised(latents, t_img), self.noised(clip, t_img), self.noised(text, t_text)
         with torch.autocast(self.device, torch.bfloat16):
@@ -186,49 +191,49 @@ class Trainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=75)
+    parser.add_argument("--minutes", type=float, default=75, help="of CPU time, so that a busy machine changes nothing")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--settle", type=float, default=0.4, help="the share of the time in which the rate falls to 0")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=7)
     parser.add_argument("--patch", type=int, default=4)
-    parser.add_argument("--variants", type=int, default=5, help="altered copies and, twice as many, wordings of each")
+    parser.add_argument("--variants", type=int, default=3, help="altered copies and, twice as many, wordings of each")
     parser.add_argument("--work", type=Path, default=data.CACHE / "unidiffuser-uvit.pt")
     parser.add_argument("--out", type=Path, default=HERE / "unidiffuser")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
     emoji = data.load()
-    frozen = Frozen.load(args.out, device)
-    trainer = Trainer(frozen, emoji, device, args.variants)
     unet = build(args.width, args.depth, args.patch).to(device)
     for module in unet.modules():
         if device == "cpu" and hasattr(module, "set_processor"):
             module.set_processor(AttnProcessor())  # the fused one is slow for short sequences here
     average = copy.deepcopy(unet).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    step, spent = 0, 0.0
+    step, spent, conditions = 0, 0.0, None
     if args.work.exists():
         saved = torch.load(args.work, map_location=device, weights_only=True)
         unet.load_state_dict(saved["unet"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, spent = saved["step"], saved["spent"]
+        step, spent, conditions = saved["step"], saved["spent"], saved["conditions"]
+    torch.manual_seed(step)
+    trainer = Trainer(conditions or Frozen.load(args.out, device).conditions(emoji, args.variants), device)
     print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, from step {step}", flush=True)
 
-    started = shown = saved_at = time.monotonic()
+    started = shown = saved_at = time.process_time()
     losses: list[dict[str, float]] = []
     order: list[int] = []
 
     def checkpoint() -> None:
         state = {"unet": unet.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        torch.save(state | {"spent": spent + time.monotonic() - started}, args.work.with_suffix(".tmp"))
+        state["conditions"] = trainer.known
+        torch.save(state | {"spent": spent + time.process_time() - started}, args.work.with_suffix(".tmp"))
         args.work.with_suffix(".tmp").replace(args.work)
-        save(args.out, frozen, average)
+        save(args.out, average)
 
-    while (used := (spent + time.monotonic() - started) / (60 * args.minutes)) < 1:
+    while (used := (spent + time.process_time() - started) / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.rate * min(1, (step + 1) / 200) * min(1, max(0.01, (1 - used) / args.settle))
         while len(order) < args.batch:  # every picture once an epoch, in a new order
@@ -246,12 +251,12 @@ def main() -> None:
         losses.append({k: v.item() for k, v in parts.items()})
         if not math.isfinite(sum(losses[-1].values())):
             raise SystemExit(f"loss is {losses[-1]} at step {step}")
-        now = time.monotonic()
+        now = time.process_time()
         if now - shown > 60:
             mean = " ".join(f"{k} {np.mean([x[k] for x in losses]):.4f}" for k in parts)
             print(f"step {step} {mean} {spent + now - started:.0f} s", flush=True)
             shown, losses = now, []
-        if now - saved_at > 300:
+        if now - saved_at > 120:
             checkpoint()
             saved_at = now
     checkpoint()
