@@ -1,7 +1,8 @@
 """The training data of the starter models: emoji pictures with their names and keywords.
 
 Pictures are the Noto emoji (Apache-2.0) as npm `emoji-datasource-google` ships them, names and
-keywords come from npm `emojibase-data` (MIT). Flags and skin-tone variants are left out.
+keywords come from npm `emojibase-data` (MIT). Flags and skin-tone variants are left out. The same
+emoji as drawn for Twitter (CC-BY 4.0) serve to evaluate only and are not shipped.
 Called by the training scripts and by evaluate.py; never by the service.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-PICTURES = "emoji-datasource-google@16.0.0"
+PICTURES = {"google": "emoji-datasource-google@16.0.0", "twitter": "emoji-datasource-twitter@16.0.0"}
 NAMES = "emojibase-data@17.0.0"
 CACHE = Path(__file__).parent / ".cache"
 SIZE = 64
@@ -50,15 +51,16 @@ def fetch(package: str) -> Path:
     return target / "package"
 
 
-def load() -> list[Emoji]:
-    """All training emoji, in the data source's order (the order is part of evaluate.py's rule)."""
-    pictures, names = fetch(PICTURES), fetch(NAMES)
+def load(vendor: str = "google") -> list[Emoji]:
+    """All emoji of one vendor (the training data are Google's), in the data source's order, which is
+    part of evaluate.py's rule."""
+    pictures, names = fetch(PICTURES[vendor]), fetch(NAMES)
     by_code = {e["hexcode"].replace("-FE0F", ""): e for e in json.loads((names / "en/data.json").read_text())}
-    sheet = Image.open(pictures / "img/google/sheets/64.png").convert("RGBA")
+    sheet = Image.open(pictures / f"img/{vendor}/sheets/64.png").convert("RGBA")
     emoji = []
     for entry in json.loads((pictures / "emoji.json").read_text()):
         named = by_code.get(entry["unified"].replace("-FE0F", ""))
-        if entry["category"] in ("Flags", "Component") or not entry["has_img_google"] or named is None:
+        if entry["category"] in ("Flags", "Component") or not entry[f"has_img_{vendor}"] or named is None:
             continue
         cell = SIZE + 2
         x, y = entry["sheet_x"] * cell + 1, entry["sheet_y"] * cell + 1
