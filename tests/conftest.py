@@ -8,16 +8,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import requests
 import yaml
 
 from core.settings import ROOT
+from runners.queue import Job
+
+if TYPE_CHECKING:
+    from runners.device import Device
 
 USER, ADMIN = "your-api-key", "admin-key"
 SEED_MODELS = {
@@ -104,6 +110,19 @@ def _ready(server: Server) -> bool:
         return requests.get(server.url + "/readyz", timeout=5).status_code == 200
     except requests.RequestException:
         return False
+
+
+def held(device: Device) -> threading.Event:
+    """Keep the device busy until the event is set."""
+    started, go = threading.Event(), threading.Event()
+
+    def wait(_: Job[None]) -> None:
+        started.set()
+        go.wait(30)
+
+    device.queue.submit(Job("held", "held", wait, 60))
+    assert started.wait(10)
+    return go
 
 
 def catalogue(miniatures: dict[str, Path]) -> list[dict]:

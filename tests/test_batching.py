@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,7 +16,7 @@ from core.problems import Problem
 from core.settings import Model, Models, Settings
 from runners import denoise
 from runners.device import Device
-from runners.queue import Job
+from tests.conftest import held
 
 PICTURE = Pixels(width=64, height=64, data=np.random.default_rng(0).integers(0, 256, 64 * 64 * 3, dtype=np.uint8).tobytes())
 MODELS = ("starter", "sdxl", "flux")
@@ -43,19 +42,6 @@ def planned(device: Device, client: str = "test", image: Pixels | None = None, *
 
 def submit(device: Device, plan: Plan) -> Future[Generation]:
     return device.submit(plan, device.fetch(device.catalogue.find(plan.model_id)))
-
-
-def held(device: Device) -> threading.Event:
-    """Keep the device busy until the event is set."""
-    started, go = threading.Event(), threading.Event()
-
-    def wait(_: Job[None]) -> None:
-        started.set()
-        go.wait(30)
-
-    device.queue.submit(Job("held", "held", wait, 60))
-    assert started.wait(10)
-    return go
 
 
 def together(device: Device, *requests: dict) -> tuple[list[Generation], list[int]]:

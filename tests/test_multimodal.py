@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import threading
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -31,7 +30,7 @@ from core.multimodal import (
 from core.problems import Problem
 from core.settings import ROOT, Model, Models, Settings, UniDiffuser
 from runners.device import Device
-from runners.queue import Job
+from tests.conftest import held
 
 FAST = {"num_inference_steps": 3, "seed": 7}
 GUIDANCE = 8.0  # the family's default
@@ -143,19 +142,6 @@ def test_embeddings_are_clips_projection_and_the_vaes_scaled_mean(device: Device
         assert np.allclose(floats(embedding.clip), clip, atol=1e-5)
         assert np.allclose(floats(embedding.vae), vae, atol=1e-5)
     assert made.ran.steps_run == 0
-
-
-def held(device: Device) -> threading.Event:
-    """Keep the device busy until the event is set."""
-    go, started = threading.Event(), threading.Event()
-
-    def wait(job: Job[None]) -> None:
-        started.set()
-        go.wait(30)
-
-    device.queue.submit(Job("held", "held", wait, 60))
-    assert started.wait(10)
-    return go
 
 
 def test_callers_share_a_batch_and_each_gets_what_it_gets_alone(device: Device) -> None:
