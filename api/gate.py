@@ -94,16 +94,14 @@ class Gate:
         not keep requests from the other; its own routes answer 503 until it is back."""
         if self.draining.active:
             raise self.draining.refuse()
-        found = await backend.statuses()
-        self._met |= {name for name, status in found.items() if isinstance(status, RunnerStatus) and status.ready}
-        states = {
-            name: "down" if isinstance(status, Problem) else "ready" if status.ready else "warming up" for name, status in found.items()
-        }
-        if "warming up" in states.values():
+        states = {name: _state(status) for name, status in (await backend.statuses()).items()}
+        self._met |= {name for name, state in states.items() if state == "ready"}
+        new = {name: state for name, state in states.items() if name not in self._met}
+        if "warming up" in new.values():
             raise problems.unavailable("Models are being warmed up.", retry_after=5, slug="warming-up")
-        if "ready" not in states.values() or set(states) - self._met:
-            down = ", ".join(name for name, state in states.items() if state == "down")
-            raise problems.unavailable(f"Not answering: {down}.", retry_after=5, slug="runner-gone")
+        if new or "ready" not in states.values():
+            lost = ", ".join(f"{name} ({state})" for name, state in states.items() if state != "ready")
+            raise problems.unavailable(f"Not ready: {lost}.", retry_after=5, slug="runner-gone")
         await answer.json(200, {"status": "ready", "runners": states})
 
     def _admit(self, scope: Scope) -> Caller:
@@ -199,6 +197,14 @@ def _standard(status: int, headers: dict[str, str]) -> Problem:
     title = _TITLES.get(status, "Request failed" if status < 500 else "Internal error")
     detail = {404: "There is nothing at this path.", 405: f"Allowed: {headers.get('allow', 'other methods')}."}.get(status, f"{title}.")
     return problem(status, title.lower().replace(" ", "-"), title, detail, headers=headers)
+
+
+def _state(status: RunnerStatus | Problem) -> str:
+    if isinstance(status, Problem):
+        return "down"
+    if status.draining:
+        return "shutting down"
+    return "ready" if status.ready else "warming up"
 
 
 def _for_admins(path: str) -> bool:
