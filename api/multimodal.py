@@ -234,7 +234,8 @@ class MultimodalApis:
 async def _read(model: type[R], request: Request, most: int | None = None) -> tuple[R, list[Pixels]]:
     """The request and its pictures; at least one where any may be sent, and limits.images at most."""
     most = settings.load().limits.images if most is None else most
-    wanted, uploads = await reading.read_as(model, request, most)
+    wanted, parts = await reading.read_as(model, request, {"image": most} if most else {})
+    uploads = parts.get("image", [])
     if most and not uploads:
         raise invalid_field("image", "is missing", "a multipart file part" if most == 1 else f"1 to {most} multipart file parts")
     return wanted, await asyncio.to_thread(_decode, uploads, wanted)

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from core import images
-from core.generation import GenerationRequest, Pixels
+from core.generation import GenerationRequest, Inputs
 from core.problems import from_validation, invalid_field, nearest, problem
 from core.settings import Limits
 
@@ -24,34 +24,39 @@ Checked = TypeVar("Checked", bound=BaseModel)
 _BODIES = "multipart/form-data, application/x-www-form-urlencoded, application/json"
 
 
-async def read(request: Request, limits: Limits, image: bool = True) -> tuple[GenerationRequest, Pixels | None]:
-    """The request and, where one was sent, its input picture.
+# The form parts of a request for pictures, and how many of each.
+PARTS = {"image": 1}
+
+
+async def read(request: Request, limits: Limits, parts: dict[str, int] = PARTS) -> tuple[GenerationRequest, Inputs]:
+    """The request and the pictures that came with it.
 
     Raises:
         Problem: 400 for a body that cannot be read, 413, 415, or 422 naming each wrong field.
     """
-    parsed, uploads = await read_as(GenerationRequest, request, int(image))
-    return parsed, await asyncio.to_thread(images.decode, uploads[0], limits) if uploads else None
+    parsed, uploads = await read_as(GenerationRequest, request, parts)
+    image = uploads.get("image")
+    return parsed, Inputs(image=await asyncio.to_thread(images.decode, image[0], limits) if image else None)
 
 
-async def read_as(kind: type[Checked], request: Request, most: int) -> tuple[Checked, list[bytes]]:
-    """The request as `kind`, and its uploads, at most so many.
+async def read_as(kind: type[Checked], request: Request, parts: dict[str, int]) -> tuple[Checked, dict[str, list[bytes]]]:
+    """The request as `kind`, and its uploads by the names of their parts, at most so many of each.
 
     Raises:
         Problem: as `read`.
     """
     values: dict[str, Any] = {}
     _take(values, request.query_params.multi_items())
-    uploads: list[bytes] = []
+    uploads: dict[str, list[bytes]] = {}
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        uploads = await _read_form(request, values, most)
+        uploads = await _read_form(request, values, parts)
     elif media_type == "application/json":
         _take(values, (await read_json(request)).items())
     elif body := await request.body():
         raise problem(415, "unsupported-media-type", "Unsupported media type", f"The body ({len(body)} bytes) has the type {media_type[:80] or 'none'!r}; allowed: {_BODIES}.")
-    if "image" in values:
-        raise invalid_field("image", "must be a file, not text", "a multipart file part", values["image"])
+    for name in PARTS.keys() & values.keys():
+        raise invalid_field(name, "must be a file, not text", "a multipart file part", values[name])
     return check(kind, values), uploads
 
 
@@ -79,10 +84,10 @@ def _take(values: dict[str, Any], items: Any) -> None:
         values[name] = value
 
 
-async def _read_form(request: Request, values: dict[str, Any], most: int) -> list[bytes]:
-    uploads: list[bytes] = []
+async def _read_form(request: Request, values: dict[str, Any], parts: dict[str, int]) -> dict[str, list[bytes]]:
+    uploads: dict[str, list[bytes]] = {}
     try:
-        form = await request.form(max_files=most + 3, max_fields=100)
+        form = await request.form(max_files=sum(parts.values()) + 3, max_fields=100)
     except HTTPException as error:
         raise problem(400, "bad-form", "Malformed form", f"The form cannot be read: {error.detail}") from None
     except (ValueError, KeyError, RuntimeError):
@@ -91,13 +96,13 @@ async def _read_form(request: Request, values: dict[str, Any], most: int) -> lis
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
                 _take(values, [(name, _plain(value))])
-            elif name != "image" or not most:
-                message = f"unknown file{nearest(name, ['image'])}" if most else "takes no file here"
-                raise invalid_field(name[:80] or "file", message, ["image"] if most else None)
-            elif len(uploads) == most:
-                raise invalid_field("image", "is given more than once", "once") if most == 1 else invalid_field("image", "is given too often", f"at most {most} times")
+            elif name not in parts:
+                message = f"unknown file{nearest(name, list(parts))}" if parts else "takes no file here"
+                raise invalid_field(name[:80] or "file", message, list(parts) or None)
+            elif len(uploads.setdefault(name, [])) == parts[name]:
+                raise invalid_field(name, "is given more than once", "once") if parts[name] == 1 else invalid_field(name, "is given too often", f"at most {parts[name]} times")
             else:
-                uploads.append(await value.read())
+                uploads[name].append(await value.read())
     finally:
         await form.close()
     return uploads

@@ -45,10 +45,10 @@ async def post_config(request: Request) -> Response:
     """Draw pictures from a prompt, and from an input image where one is sent."""
     settings: Settings = request.app.state.settings
     catalogue: Catalogue = request.app.state.catalogue
-    wanted, image = await reading.read(request, settings.limits)
+    wanted, inputs = await reading.read(request, settings.limits)
     accept = request.headers.get("accept", "*/*")
     answering.choose(accept, wanted)  # an answer that cannot be had is refused before the work
-    plan = catalogue.plan(wanted, image, request.state.caller.id)
+    plan = catalogue.plan(wanted, inputs, request.state.caller.id)
     generation = await backend.generate(plan, request)
     await usage.record(plan, generation)
     return await answering.answer(generation, wanted, accept, settings.metadata.embed)

@@ -18,7 +18,7 @@ from api import answering, backend, loras, reading, usage
 from api.answering import GenerationResponse
 from core import images, settings
 from core.catalogue import Catalogue
-from core.generation import GenerationRequest, Pixels
+from core.generation import GenerationRequest, Inputs
 from core.loras import keeping
 from core.loras.messages import Added, AddLora, Listing, Removed, RemoveLora
 from core.problems import invalid_field
@@ -54,7 +54,7 @@ class TypedApis:
     @bentoml.api(input_spec=Img2ImgInput)  # type: ignore[untyped-decorator]
     async def img2img(self, image: Path, **values: Any) -> GenerationResponse:
         """Draw pictures from a prompt and an input picture."""
-        return await _draw(reading.parse(values), images.decode(image.read_bytes(), settings.load().limits))
+        return await _draw(reading.parse(values), Inputs(image=images.decode(image.read_bytes(), settings.load().limits)))
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop_adding(self) -> None:
@@ -80,24 +80,24 @@ class TypedApis:
 @router.post("/txt2img", openapi_extra=_body(image=False))
 async def txt2img(request: Request) -> GenerationResponse:
     """Draw pictures from a prompt; the answer is JSON with base64 pictures."""
-    wanted, _ = await reading.read(request, request.app.state.settings.limits, image=False)
+    wanted, _ = await reading.read(request, request.app.state.settings.limits, parts={})
     return await _draw(wanted, None, request)
 
 
 @router.post("/img2img", openapi_extra=_body(image=True))
 async def img2img(request: Request) -> GenerationResponse:
     """Draw pictures from a prompt and an input picture; the answer is JSON with base64 pictures."""
-    wanted, image = await reading.read(request, request.app.state.settings.limits)
-    if image is None:
+    wanted, inputs = await reading.read(request, request.app.state.settings.limits)
+    if inputs.image is None:
         raise invalid_field("image", "is missing", "a multipart file part")
-    return await _draw(wanted, image, request)
+    return await _draw(wanted, inputs, request)
 
 
-async def _draw(wanted: GenerationRequest, image: Pixels | None, request: Request | None = None) -> GenerationResponse:
+async def _draw(wanted: GenerationRequest, inputs: Inputs | None, request: Request | None = None) -> GenerationResponse:
     configured = settings.load()
     client = request.state.caller.id if request else "in-process"
     catalogue: Catalogue = request.app.state.catalogue if request else Catalogue(configured)
-    plan = catalogue.plan(wanted, image, client)
+    plan = catalogue.plan(wanted, inputs, client)
     generation = await backend.generate(plan, request)
     await usage.record(plan, generation)
     return await answering.as_json(generation, wanted, configured.metadata.embed)

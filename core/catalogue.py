@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from core import adapters, schedulers
-from core.generation import GenerationRequest, Pixels, Plan, PlannedLora, Task
+from core.generation import GenerationRequest, Inputs, Pixels, Plan, PlannedLora, Task
 from core.loras import Lora, Registry, rights
 from core.problems import FieldError, Problem, invalid, invalid_field, nearest
 from core.settings import Dtype, Family, Limits, Model, Models, Settings, UniDiffuser, beside_configuration
@@ -152,18 +152,19 @@ class Catalogue:
         """The names of the LoRAs that fit a model."""
         return [name for name, lora in self.registry.entries().items() if self.family_of(lora) == entry.model.family]
 
-    def plan(self, request: GenerationRequest, image: Pixels | None, client: str) -> Plan:
+    def plan(self, request: GenerationRequest, inputs: Inputs | None, client: str) -> Plan:
         """Check `request` against its model and the limits, and fill in every default.
 
         Args:
             request: as the contract's translation made it.
-            image: the input picture of img2img, already safe RGB; None for text-to-image.
+            inputs: the pictures that came with it, already safe RGB; with an image it is img2img.
             client: who asks (a hash of the key), for fairness between keys.
 
         Raises:
             Problem: 422 that lists every field that cannot be honoured.
         """
         entry, limits = self.find(request.model_id), self.settings.limits
+        image = inputs.image if inputs else None
         errors: list[FieldError] = []
         notes: list[str] = []
         traits = entry.traits

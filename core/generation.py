@@ -96,6 +96,13 @@ class Pixels(BaseModel):
     data: bytes
 
 
+class Inputs(BaseModel):
+    """The pictures that came with a request for pictures, by the names of their form parts."""
+
+    model_config = ConfigDict(frozen=True)
+    image: Pixels | None = None
+
+
 class PlannedLora(BaseModel):
     """A LoRA of a plan: the file at `path` with its weight, and the rights that came with it."""
 

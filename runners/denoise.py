@@ -51,7 +51,7 @@ def generate(
         Problem: what `check` raises.
     """
     family = resident.entry.model.family
-    pipe = resident.txt2img if plans[0].image is None else resident.img2img
+    pipe = resident.pipeline("txt2img" if plans[0].image is None else "img2img")
     # 1. A scheduler of this batch's own: schedulers keep state, and sharing one mixes requests up.
     pipe.scheduler, named = make_scheduler(resident, plans[0].scheduler)
     # 2. Each prompt to embeddings, once for all its pictures.
@@ -125,7 +125,7 @@ def _ran(
         scheduler=named.sampler,
         schedule=named.schedule,
         torch_dtype=str(resident.dtype).removeprefix("torch."),
-        device=str(resident.txt2img.device),
+        device=str(resident.base.device),
         num_inference_steps=plan.num_inference_steps,
         steps_run=steps_run,
         guidance_scale=plan.guidance_scale,

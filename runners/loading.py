@@ -10,9 +10,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -33,23 +32,16 @@ from core.problems import Problem, unavailable
 from core.settings import ROOT, Family
 from runners.unidiffuser import Pipeline
 
-
-@dataclass(frozen=True)
-class PipelineClasses:
-    """A family's pipelines; UniDiffuser has one for everything."""
-
-    txt2img: type[DiffusionPipeline]
-    img2img: type[DiffusionPipeline] | None
-
-
-_SD = PipelineClasses(StableDiffusionPipeline, StableDiffusionImg2ImgPipeline)
-CLASSES: dict[Family, PipelineClasses] = {
+Kind = Literal["txt2img", "img2img"]
+# A family's pipelines by what they do; UniDiffuser has one for everything. The first is the one that is loaded.
+_SD: dict[Kind, type[DiffusionPipeline]] = {"txt2img": StableDiffusionPipeline, "img2img": StableDiffusionImg2ImgPipeline}
+CLASSES: dict[Family, dict[Kind, type[DiffusionPipeline]]] = {
     "starter": _SD,
     "sd15": _SD,
     "sd2": _SD,
-    "sdxl": PipelineClasses(StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline),
-    "flux": PipelineClasses(FluxPipeline, FluxImg2ImgPipeline),
-    "unidiffuser": PipelineClasses(Pipeline, None),
+    "sdxl": {"txt2img": StableDiffusionXLPipeline, "img2img": StableDiffusionXLImg2ImgPipeline},
+    "flux": {"txt2img": FluxPipeline, "img2img": FluxImg2ImgPipeline},
+    "unidiffuser": {"txt2img": Pipeline},
 }
 # A server's log is no terminal: no progress bars, and errors alone from the libraries.
 logging.set_verbosity_error()
@@ -85,7 +77,7 @@ def fetch(entry: Entry, token: str | None) -> Path:
         raise unavailable(f"The weights of {entry.id} are not at {source}. Put them there, or mend `source` in configuration.yaml.", slug="model-missing")
     try:
         return Path(
-            CLASSES[entry.model.family].txt2img.download(
+            CLASSES[entry.model.family]["txt2img"].download(
                 source, revision=entry.model.revision, variant=entry.model.variant, token=token or None, use_safetensors=True
             )
         )
@@ -99,7 +91,7 @@ def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> 
     Raises:
         Problem: 503 where files are missing or broken, or memory does not suffice.
     """
-    cls = CLASSES[entry.model.family].txt2img
+    cls = CLASSES[entry.model.family]["txt2img"]
     extra = {} if entry.model.family in ("sdxl", "flux", "unidiffuser") else _WITHOUT_CHECKER
     try:
         if path.is_file():

@@ -63,7 +63,7 @@ def run(resident: Resident, plans: list[Plan], check: Callable[[], None], max_ba
     Raises:
         Problem: what `check` raises; 503 where the catalogue's size is not the model's.
     """
-    pipe, first = resident.txt2img, plans[0]
+    pipe, first = resident.base, plans[0]
     if first.width != pipe.size:
         raise unavailable(f"{first.model_id} makes pictures of {pipe.size} pixels, its entry in configuration.yaml says {first.width}: mend its `size`.", slug="model-broken")
     each = [_rows(plan) for plan in plans]
@@ -105,7 +105,7 @@ class _Sampling:
 
     def sample(self, mode: str, rows: list[Row]) -> None:
         """One mode for a batch: reads the rows' pictures or prompts, writes what was drawn or said."""
-        pipe = self._resident.txt2img
+        pipe = self._resident.base
         pipe.scheduler, named = denoise.make_scheduler(self._resident, self._plan.scheduler)
         self.scheduler, self.schedule = named.sampler, named.schedule
         pipe.mode, pipe.check = mode, self._check
@@ -180,7 +180,7 @@ def _told(prompt: str, cut: int) -> list[str]:
 
 
 def _generation(resident: Resident, plan: Plan, rows: list[Row], sampling: _Sampling, timing: Timing) -> Generation:
-    pipe, entry = resident.txt2img, resident.entry
+    pipe, entry = resident.base, resident.entry
     tokens = len(pipe.clip_tokenizer(plan.prompt, truncation=False).input_ids) - 2
     cut = max(0, tokens - (pipe.clip_tokenizer.model_max_length - 2))
     ran = Ran(

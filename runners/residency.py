@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from core.generation import AppliedLora, PlannedLora, ResidentModel
 from core.settings import Models
 from runners import loading, weights
 from runners.adapters import Adapters
+from runners.loading import Kind
 
 log = logging.getLogger("easel.residency")
 Load = Callable[[Entry, Path, torch.dtype, torch.device], DiffusionPipeline]
@@ -34,19 +35,32 @@ Load = Callable[[Entry, Path, torch.dtype, torch.device], DiffusionPipeline]
 
 @dataclass
 class Resident:
-    """A model in memory: its two pipelines (UniDiffuser has one) share all components. `scheduler` is
-    the model's own, `sha256` its weights'."""
+    """A model in memory. Its pipelines share all components; `base` is the one that was loaded.
+    `scheduler` is the model's own, `sha256` its weights'."""
 
     entry: Entry
     dtype: torch.dtype
     scheduler: Any
-    txt2img: DiffusionPipeline
-    img2img: DiffusionPipeline | None
+    base: DiffusionPipeline
     adapters: Adapters
     weights_bytes: int
     used: float
     load_s: float
     sha256: str
+    _made: dict[Kind, DiffusionPipeline] = field(default_factory=dict)
+
+    def pipeline(self, kind: Kind) -> DiffusionPipeline:
+        """The pipeline that does `kind`, of this model's components.
+
+        Its scheduler is whichever was put in last: give it one of the batch's own.
+        """
+        if kind == "txt2img":
+            return self.base
+        if kind not in self._made:
+            made = loading.CLASSES[self.entry.model.family][kind](**self.base.components, **_flags(self.base))
+            made.set_progress_bar_config(disable=True)
+            self._made[kind] = made
+        return self._made[kind]
 
     @property
     def bytes(self) -> int:
@@ -105,15 +119,11 @@ class Residency:
             )
         self._evict(estimate)
         started, before = time.monotonic(), _allocated(self.device)
-        txt2img = self._load(entry, path, dtype, self.device)
-        img2img = None
-        if cls := loading.CLASSES[entry.model.family].img2img:
-            img2img = cls(**txt2img.components, **_flags(txt2img))
-            img2img.set_progress_bar_config(disable=True)
-        measured = (_allocated(self.device) - before) if self.device.type == "cuda" else _tensor_bytes(txt2img)
+        base = self._load(entry, path, dtype, self.device)
+        measured = (_allocated(self.device) - before) if self.device.type == "cuda" else _tensor_bytes(base)
         now = time.monotonic()
-        adapters = Adapters(txt2img, entry.id, self.lora_budget)
-        return Resident(entry, dtype, txt2img.scheduler, txt2img, img2img, adapters, measured, now, now - started, weights.sha256(path, entry.model.variant))
+        adapters = Adapters(base, entry.id, self.lora_budget)
+        return Resident(entry, dtype, base.scheduler, base, adapters, measured, now, now - started, weights.sha256(path, entry.model.variant))
 
     def adapt(self, resident: Resident, loras: list[PlannedLora]) -> list[AppliedLora]:
         """Make exactly these LoRAs act on a model, and make room for them among the other models.

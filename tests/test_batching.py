@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from core.catalogue import Catalogue
-from core.generation import Generation, GenerationRequest, Pixels, Plan
+from core.generation import Generation, GenerationRequest, Inputs, Pixels, Plan
 from core.problems import Problem
 from core.settings import Model, Models, Settings
 from runners import denoise
@@ -37,7 +37,7 @@ def device(miniatures: dict[str, Path]) -> Iterator[Device]:
 def planned(device: Device, client: str = "test", image: Pixels | None = None, **values: object) -> Plan:
     size = SIZES[str(values.get("model_id", "starter"))]
     asked = {"prompt": "red apple", "model_id": "starter", "num_inference_steps": 3, "width": size, "height": size, **values}
-    return device.catalogue.plan(GenerationRequest.model_validate(asked), image, client)
+    return device.catalogue.plan(GenerationRequest.model_validate(asked), Inputs(image=image), client)
 
 
 def submit(device: Device, plan: Plan) -> Future[Generation]:
@@ -49,7 +49,7 @@ def together(device: Device, *requests: dict) -> tuple[list[Generation], list[in
     go = held(device)
     futures = [submit(device, planned(device, client=f"client{i}", **each)) for i, each in enumerate(requests)]
     resident = device.residency.acquire(device.catalogue.find(requests[0].get("model_id", "starter")), Path(), torch.float32)
-    pipe = resident.txt2img
+    pipe = resident.base
     rows: list[int] = []
 
     def count(_: object, args: tuple, named: dict) -> None:
@@ -116,7 +116,7 @@ def test_one_that_overflows_does_not_take_the_others_along(device: Device, monke
 def test_one_that_is_cancelled_does_not_take_the_others_along(device: Device) -> None:
     leaving, staying = (planned(device, client=client, seed=1, num_inference_steps=4) for client in "ab")
     resident = device.residency.acquire(device.catalogue.find("starter"), Path(), torch.float32)
-    hook = resident.txt2img.unet.register_forward_hook(lambda *_: device.queue.cancel(leaving.id) and None)
+    hook = resident.base.unet.register_forward_hook(lambda *_: device.queue.cancel(leaving.id) and None)
     go = held(device)
     futures = [submit(device, plan) for plan in (leaving, staying)]
     go.set()

@@ -15,7 +15,7 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from api import reading
 from core import schedulers
 from core.catalogue import FAMILIES, Catalogue, Entry
-from core.generation import Generation, Pixels
+from core.generation import Generation, Inputs, Pixels
 from core.problems import Problem
 from core.settings import Model, Models, Settings
 from runners import denoise, loading, prompts
@@ -39,7 +39,7 @@ def device(miniatures: dict[str, Path]) -> Iterator[Device]:
 def draw(device: Device, model: str, image: Pixels | None = None, **values: object) -> Generation:
     entry = device.catalogue.find(model)
     size = {"width": entry.traits.min_size, "height": entry.traits.min_size}
-    plan = device.catalogue.plan(reading.parse({"prompt": "a cat", "model_id": model, "seed": 1, "num_inference_steps": 4, **size, **values}), image, "test")
+    plan = device.catalogue.plan(reading.parse({"prompt": "a cat", "model_id": model, "seed": 1, "num_inference_steps": 4, **size, **values}), Inputs(image=image), "test")
     return device.submit(plan, device.fetch(entry)).result(120)
 
 
@@ -96,7 +96,7 @@ def test_a_named_scheduler_does_not_depend_on_the_models_own_choice(device: Devi
 
 def test_numbers_that_overflow_are_told_and_not_drawn_black(device: Device) -> None:
     entry = device.catalogue.find("sd15")
-    vae = device.residency.acquire(entry, device.fetch(entry), torch.float32).txt2img.vae
+    vae = device.residency.acquire(entry, device.fetch(entry), torch.float32).base.vae
     hook = vae.decoder.register_forward_hook(lambda _module, _args, out: out * float("nan"))
     problem = draw(device, "sd15").problem
     hook.remove()
@@ -108,7 +108,7 @@ def test_numbers_that_overflow_are_told_and_not_drawn_black(device: Device) -> N
 @pytest.mark.parametrize("model", ["sd15", "sd2", "sdxl"])
 def test_clip_skip_is_an_earlier_layers_output(device: Device, model: str) -> None:
     entry = device.catalogue.find(model)
-    pipe = device.residency.acquire(entry, device.fetch(entry), torch.float32).txt2img
+    pipe = device.residency.acquire(entry, device.fetch(entry), torch.float32).base
     plan = device.catalogue.plan(reading.parse({"prompt": "a cat", "model_id": model, "clip_skip": 1}), None, "test")
     ours = prompts.embed(pipe, entry.model.family, plan).arguments["prompt_embeds"]
     encoders = [(pipe.tokenizer, pipe.text_encoder)] + ([(pipe.tokenizer_2, pipe.text_encoder_2)] if model == "sdxl" else [])
@@ -125,7 +125,7 @@ def test_clip_skip_is_an_earlier_layers_output(device: Device, model: str) -> No
 @pytest.mark.parametrize("model", ["sd15", "sd2", "sdxl"])
 def test_a_plain_prompt_embeds_as_the_pipeline_itself_does(device: Device, model: str) -> None:
     entry = device.catalogue.find(model)
-    pipe = device.residency.acquire(entry, device.fetch(entry), torch.float32).txt2img
+    pipe = device.residency.acquire(entry, device.fetch(entry), torch.float32).base
     plan = device.catalogue.plan(reading.parse({"prompt": "a red apple, on a table", "negative_prompt": "blue", "model_id": model}), None, "test")
     ours = prompts.embed(pipe, entry.model.family, plan).arguments
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_pickled_checkpoints_are_refused(device: Device, tmp_path: Path, miniatu
 def test_a_cancel_stops_within_one_denoising_step(device: Device, model: str) -> None:
     entry = device.catalogue.find(model)
     resident = device.residency.acquire(entry, device.fetch(entry), torch.float32)
-    network = resident.txt2img.transformer if model == "flux" else resident.txt2img.unet
+    network = resident.base.transformer if model == "flux" else resident.base.unet
     steps: list[int] = []
 
     def counted(*_: object) -> None:

@@ -10,7 +10,7 @@ import pytest
 from api import reading
 from core import schedulers
 from core.catalogue import Catalogue
-from core.generation import Generation, Pixels
+from core.generation import Generation, Inputs, Pixels
 from core.images import encode
 from core.settings import Model, Models, Settings
 from runners.device import Device
@@ -26,7 +26,7 @@ def device() -> Iterator[Device]:
 
 
 def draw(device: Device, image: Pixels | None = None, **values: object) -> Generation:
-    plan = device.catalogue.plan(reading.parse({"seed": 1, **values}), image, "test")
+    plan = device.catalogue.plan(reading.parse({"seed": 1, **values}), Inputs(image=image), "test")
     return device.submit(plan, device.fetch(device.catalogue.find(plan.model_id))).result(120)
 
 

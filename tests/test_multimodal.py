@@ -146,7 +146,7 @@ def test_embeddings_are_clips_projection_and_the_vaes_scaled_mean(device: Device
 
 def test_callers_share_a_batch_and_each_gets_what_it_gets_alone(device: Device) -> None:
     """Captions equal, pictures to 1 of 255 levels, embeddings to 1e-5."""
-    pipe = device.residency.acquire(device.catalogue.find(None), device.fetch(device.catalogue.find(None)), torch.float32).txt2img
+    pipe = device.residency.acquire(device.catalogue.find(None), device.fetch(device.catalogue.find(None)), torch.float32).base
     asked = [
         *(("caption", CaptionRequest(num_inference_steps=3, seed=s), p) for s, p in zip((1, 2, 3), PICTURES, strict=True)),
         *(("embed", EmbedRequest(), p) for p in PICTURES),
@@ -178,7 +178,7 @@ def test_callers_share_a_batch_and_each_gets_what_it_gets_alone(device: Device) 
 
 
 def test_other_settings_do_not_share_a_batch(device: Device) -> None:
-    pipe = device.residency.acquire(device.catalogue.find(None), device.fetch(device.catalogue.find(None)), torch.float32).txt2img
+    pipe = device.residency.acquire(device.catalogue.find(None), device.fetch(device.catalogue.find(None)), torch.float32).base
     rows: list[int] = []
     hook = pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     go = held(device)
@@ -192,7 +192,7 @@ def test_other_settings_do_not_share_a_batch(device: Device) -> None:
 
 
 def test_a_cancel_stops_within_one_step_and_between_the_tokens_of_a_text(device: Device) -> None:
-    pipe = device.residency.acquire(device.catalogue.find(None), device.fetch(device.catalogue.find(None)), torch.float32).txt2img
+    pipe = device.residency.acquire(device.catalogue.find(None), device.fetch(device.catalogue.find(None)), torch.float32).base
     plan = multimodal.plan(device.catalogue, "text", TextsRequest(num_inference_steps=20), [], "test").model_copy(update={"id": "to-cancel"})
     for network, last in ((pipe.unet, 3), (pipe.text_decoder.transformer, 5)):
         calls: list[int] = []

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from api import reading
 from core import schedulers
 from core.catalogue import Catalogue
-from core.generation import GenerationRequest, Pixels, Plan
+from core.generation import GenerationRequest, Inputs, Pixels, Plan
 from core.problems import Problem
 from core.settings import Model, Models, Settings
 
@@ -20,7 +20,7 @@ PICTURE = Pixels(width=300, height=150, data=bytes(300 * 150 * 3))
 
 
 def plan(image: Pixels | None = None, **values: object) -> Plan:
-    return CATALOGUE.plan(reading.parse({"prompt": "x", **values}), image, "me")
+    return CATALOGUE.plan(reading.parse({"prompt": "x", **values}), Inputs(image=image), "me")
 
 
 def refusal(image: Pixels | None = None, **values: object) -> dict[str, str]:

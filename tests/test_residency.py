@@ -40,9 +40,9 @@ def test_a_model_is_loaded_once_and_measured() -> None:
     home = residency()
     first = acquire(home, STARTER)
     assert acquire(home, STARTER) is first
-    counted = sum(p.numel() for m in ("unet", "vae", "text_encoder") for p in getattr(first.txt2img, m).parameters()) * 4
+    counted = sum(p.numel() for m in ("unet", "vae", "text_encoder") for p in getattr(first.base, m).parameters()) * 4
     assert counted <= first.bytes < 1.05 * counted
-    assert first.img2img.unet is first.txt2img.unet
+    assert first.pipeline("img2img").unet is first.base.unet
 
 
 def test_an_idle_model_is_unloaded_after_its_own_timeout(miniatures: dict[str, Path]) -> None:
