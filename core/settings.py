@@ -10,6 +10,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
@@ -140,6 +141,35 @@ class Usage(Section):
     path: Path | None = Path("usage.sqlite3")
 
 
+class Llm(Section):
+    """The language model that helps with prompts; without `url` there is none."""
+
+    kind: Literal["openai", "legacy"] = "openai"
+    url: str | None = None
+    model: str | None = None
+    system_prompt: str = (
+        "You help people write prompts for an image generator. Rewrite what they send as one vivid prompt: subject, setting, style, light, composition. "
+        "Answer with the prompt alone, in English, in at most 60 words."
+    )
+    max_tokens: Count | None = 512
+    timeout_s: Seconds = 60
+    connect_timeout_s: Seconds = 10
+    text_characters: Count = 4000
+    answer_bytes: Count = 1024 * 1024
+    concurrent_requests: Count = 8
+
+    @model_validator(mode="after")
+    def upstream_can_be_asked(self) -> Llm:
+        if self.url is None:
+            return self
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+            raise ValueError("llm.url must be like https://HOST/v1, without user, query or fragment; a key is given as LLM_API_KEY")
+        if self.kind == "openai" and not self.model:
+            raise ValueError("llm.model must name the model of an OpenAI-compatible upstream")
+        return self
+
+
 class Runner(Section):
     """Where a runner service runs: a number of GPUs, or the share of one. `gpu: null` takes one where
     each runner can have one, and half where both share one."""
@@ -171,6 +201,7 @@ class Settings(BaseSettings):
     models: Models = Models(allow_unlisted=True)
     loras: Loras = Loras()
     usage: Usage = Usage()
+    llm: Llm = Llm()
     stable_diffusion: Runner = Runner()
     unidiffuser: UniDiffuser = UniDiffuser(allow_unlisted=True)
 
@@ -198,6 +229,7 @@ class Secrets(BaseSettings):
     admin_api_key: SecretStr = SecretStr("")
     hf_token: SecretStr = SecretStr("")
     civit_key: SecretStr = SecretStr("")
+    llm_api_key: SecretStr = SecretStr("")
 
 
 def configuration_path() -> Path:

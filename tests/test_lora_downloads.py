@@ -19,9 +19,10 @@ from typing import Any
 
 import pytest
 
-from core.loras.egress import is_public, parse_retry_after
+from core.loras.egress import is_public
 from core.loras.installing import Installer
 from core.loras.messages import Added, AddLora
+from core.outgoing import parse_retry_after
 from core.problems import Problem
 from core.settings import ROOT, Secrets, Settings
 from tests.civitai import KEY, SIGNATURE, FakeCivitai, weights

@@ -12,14 +12,10 @@ import contextlib
 import fnmatch
 import ipaddress
 import json
-import logging
-import math
 import random
 import socket
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -27,6 +23,7 @@ from pydantic import SecretStr
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from core import __version__
+from core.outgoing import parse_retry_after, quiet_logs
 from core.problems import Problem, problem, unavailable
 from core.settings import Loras, Secrets
 
@@ -68,7 +65,7 @@ class Egress:
 
     def client(self) -> httpx.AsyncClient:
         """A client for one job. No proxy or netrc from the environment: they would see the keys."""
-        _quiet_http_logs()
+        quiet_logs()
         s = self.settings
         timeout = httpx.Timeout(s.stall_timeout_s, connect=s.connect_timeout_s, pool=s.connect_timeout_s)
         return httpx.AsyncClient(
@@ -250,19 +247,6 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved and not ip.is_unspecified
 
 
-def parse_retry_after(value: str | None) -> float | None:
-    """Seconds to wait, from either form of Retry-After; None where there is none that can be read."""
-    if not value:
-        return None
-    with contextlib.suppress(ValueError):
-        seconds = float(value)
-        return max(0.0, seconds) if math.isfinite(seconds) else None
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
 def _retry_after(state: RetryCallState) -> float | None:
     error = state.outcome.exception() if state.outcome else None
     return error.retry_after if isinstance(error, Transient) else None
@@ -278,21 +262,3 @@ def _refused(host: str, why: str) -> Problem:
 
 def bad_answer(host: str, what: str) -> Problem:
     return problem(502, "lora-source-answer", "Unexpected answer", f"{host} sent {what}.")
-
-
-class _WithoutQuery(logging.Filter):
-    """Takes the query off the URLs that httpx logs: signed addresses are as good as keys."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(a.copy_with(query=None) if isinstance(a, httpx.URL) else a for a in record.args)
-        return True
-
-
-_WITHOUT_QUERY = _WithoutQuery()
-
-
-def _quiet_http_logs() -> None:
-    logging.getLogger("httpx").addFilter(_WITHOUT_QUERY)  # adding it twice does nothing
-    for name in ("httpcore", "httpcore.connection", "httpcore.http11", "httpcore.http2"):
-        logging.getLogger(name).setLevel(logging.INFO)  # their debug lines have headers
