@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import overhead
-from overhead import ROOT, Server, processor, spread
+from turns import REPLY_S, ROOT, Server, processor, spread, write
 
 sys.path.insert(0, str(ROOT))
 import torch
@@ -56,7 +56,7 @@ def main() -> None:
         switching = measure_switching(paths, options.steps, options.switches)
         serving = measure_serving(paths, options)
     section = report(switching, serving, paths, options, load)
-    overhead.write(options.results, SECTION, section)
+    write(options.results, SECTION, section)
     print(section)
 
 
@@ -123,7 +123,7 @@ def measure_serving(paths: list[str], options: argparse.Namespace) -> list[tuple
             with server.session() as session:
                 for i in range(options.pictures):
                     params = {**asked, "lora": f"random{number % LORAS}", "seed": number * options.pictures + i}
-                    answer = session.post(server.url + "/post_config", params=params, timeout=overhead.REPLY_S)
+                    answer = session.post(server.url + "/post_config", params=params, timeout=REPLY_S)
                     if answer.status_code != 200 or "x-easel-loras" not in answer.headers:
                         raise RuntimeError(f"no picture with a LoRA: {answer.status_code} {answer.text[:500]}")
 

@@ -8,7 +8,6 @@ caption, or its CLIP and VAE encoders for embeddings, and write JSON.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -20,27 +19,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any
 
-from overhead import (
-    ASKED,
-    CLIENTS,
-    POST,
-    REPLY_S,
-    ROOT,
-    Block,
-    Pairs,
-    RawLoop,
-    Server,
-    percentiles,
-    row,
-    spread,
-    where,
-    write,
-)
+import turns
+from overhead import ASKED, CLIENTS, POST
 from PIL import Image, ImageDraw
+from turns import REPLY_S, ROOT, Block, Pairs, RawLoop, Server, percentiles, row, spread, where
 
 SECTION = "## UniDiffuser: captions and embeddings"
 STEPS, GUIDANCE = 20, 8.0
@@ -48,29 +33,26 @@ TASKS = {"caption": "/img2prompt", "embed": "/img2embed"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--calls", type=int, default=16, help="per block, and at least two per client")
-    parser.add_argument("--quick", action="store_true", help="1 round of 4 calls, to see that it runs")
-    parser.add_argument("--limit-s", type=float, default=1200, help="start no further round after so long")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results.md")
-    parser.add_argument("--raw", type=json.loads, help=argparse.SUPPRESS)  # this process is the raw loop
-    options = parser.parse_args()
+    options = turns.options(__doc__ or "", rounds=3, count=16, unit="calls", quick=(1, 4))
     if options.raw:
         raw_loop(options.raw)
         return
-    rounds, calls = (1, 4) if options.quick else (max(1, options.rounds), max(1, options.calls))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes started here end too
     load = os.getloadavg()[0]
     with Server() as server:
         server.start_with(TASKS["caption"], asked("caption", 0)["params"], files=asked("caption", 0)["files"])
         with contextlib.closing(RawLoop(__file__, server.ran)) as raw:
             same = raw.ask("caption 1")["last"] == server.first.decode()
-            measured = measure(server, raw, rounds, calls, time.monotonic() + options.limit_s)
+            count = max(2, options.count)
+            cases = {
+                (task, clients): (partial(over_http, server, task, clients, options.count), partial(raw.block, f"{task} {count}", count))
+                for task in TASKS for clients in CLIENTS
+            }  # fmt: skip
+            measured = turns.in_turns(options.rounds, options.limit_s, cases)
             hello = raw.hello
-        quiet, busy, pictures = beside_pictures(server, calls)
+        quiet, busy, pictures = beside_pictures(server, options.count)
         section = report(measured, server, hello, same, load, quiet, busy, pictures)
-    write(options.results, SECTION, section)
+    turns.write(options.results, SECTION, section)
     print(section)
 
 
@@ -90,24 +72,6 @@ def asked(task: str, number: int) -> dict[str, Any]:
     """The arguments of call `number`, for requests."""
     params = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": number} if task == "caption" else {}
     return {"params": params, "files": {"image": ("photo.jpg", photograph(number), "image/jpeg")}}
-
-
-def measure(server: Server, raw: RawLoop, rounds: int, calls: int, end: float) -> dict[tuple[str, int], Pairs]:
-    """Blocks in turns, as bench/overhead.py has them."""
-    measured = {(task, clients): Pairs() for task in TASKS for clients in CLIENTS}
-    for number in range(rounds):
-        if time.monotonic() > end:
-            print(f"out of time after {number} of {rounds} rounds", file=sys.stderr)
-            break
-        for (task, clients), pairs in measured.items():
-            if number % 2:
-                pairs.http.append(over_http(server, task, clients, calls))
-            took = raw.ask(f"{task} {max(2, calls)}")["took"]
-            pairs.raw.append(Block(len(took) / sum(took), took[1:]))
-            if not number % 2:
-                pairs.http.append(over_http(server, task, clients, calls))
-            print(f"round {number + 1}/{rounds}, {task}, {clients} clients: HTTP/raw {pairs.http[-1].rate / pairs.raw[-1].rate:.3f}", file=sys.stderr)
-    return measured
 
 
 def over_http(server: Server, task: str, clients: int, calls: int) -> Block:

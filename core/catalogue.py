@@ -34,6 +34,7 @@ class FamilyTraits:
     num_inference_steps: int
     guidance_scale: float
     gpu_dtype: Dtype
+    prompt_tokens: int | None = None  # what is beyond is cut; None: no limit
     negative_prompt: bool = True
     prompt_weights: bool = True
     clip_skip: bool = True
@@ -48,8 +49,8 @@ FAMILIES: dict[Family, FamilyTraits] = {
     "sd15": FamilyTraits(512, 128, 1024, 8, 30, 7.5, "float16"),
     "sd2": FamilyTraits(768, 128, 1536, 8, 30, 7.5, "float16"),
     "sdxl": FamilyTraits(1024, 256, 2048, 8, 30, 5.0, "float16"),
-    "flux": FamilyTraits(1024, 256, 2048, 16, 28, 3.5, "bfloat16", negative_prompt=False, prompt_weights=False, clip_skip=False, flow=True),
-    "unidiffuser": FamilyTraits(512, 8, 512, 8, 20, 8.0, "float16", negative_prompt=False, prompt_weights=False, clip_skip=False, multimodal=True),
+    "flux": FamilyTraits(1024, 256, 2048, 16, 28, 3.5, "bfloat16", 512, negative_prompt=False, prompt_weights=False, clip_skip=False, flow=True),
+    "unidiffuser": FamilyTraits(512, 8, 512, 8, 20, 8.0, "float16", 77, negative_prompt=False, prompt_weights=False, clip_skip=False, multimodal=True),
 }
 
 
@@ -102,7 +103,7 @@ class Entry:
             "negative_prompt": t.negative_prompt,
             "prompt_weights": t.prompt_weights,
             "clip_skip": t.clip_skip,
-            "prompt_tokens": 512 if t.flow else 77 if t.multimodal else None,
+            "prompt_tokens": self.model.prompt_tokens or t.prompt_tokens,
             "licence": self.model.licence,
             "commercial_use": self.model.commercial_use,
             "credit": self.model.credit,
