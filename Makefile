@@ -10,7 +10,7 @@ serve: .venv/serve.stamp keys  ## set up and serve on 127.0.0.1:3000
 	@exec $(BIN)/bentoml serve service:ImageGeneration --timeout-graceful-shutdown 10
 
 test: .venv/test.stamp  ## set up and run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/test.stamp  ## run the linters
 	$(BIN)/ruff check .

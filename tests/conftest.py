@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, threads that wait for each other at full speed slow all down
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import requests
 import yaml
