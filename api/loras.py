@@ -1,4 +1,4 @@
-"""The LoRAs over HTTP: what there is, for everyone; adding and changing it, for admins.
+"""The LoRAs and embeddings over HTTP: what there is, for everyone; adding and changing it, for admins.
 
 The seed's /add_new_lora and BentoML's typed calls do as POST /admin/loras does. api.gate asks for
 the admin key; core.loras does the work.
@@ -19,7 +19,18 @@ from api import reading, uploading
 from core import settings
 from core.loras import keeping
 from core.loras.installing import Installer, Job
-from core.loras.messages import Added, AddLora, JobState, Listing, Removed, RemoveLora, Terms, UploadedLora, Verified
+from core.loras.messages import (
+    Added,
+    AddLora,
+    Embeddings,
+    JobState,
+    Listing,
+    Removed,
+    RemoveLora,
+    Terms,
+    UploadedLora,
+    Verified,
+)
 from core.problems import invalid_field, nearest
 
 router = APIRouter(tags=["loras"])
@@ -27,6 +38,7 @@ router = APIRouter(tags=["loras"])
 _DEPRECATED = {"Deprecation": "@1795478400", "Link": '</docs>; rel="deprecation"'}
 _WAIT = {"name": "wait", "in": "query", "required": False, "schema": {"type": "boolean", "default": True}, "description": "false: answer 202 with a job at once, as `Prefer: respond-async` does."}
 _SOURCE = {"name": "name", "in": "query", "required": True, "schema": {"type": "string"}, "description": "A name, a Civitai model or version id, MODEL@VERSION, or a page's address."}
+_KIND = {"name": "kind", "in": "query", "required": False, "schema": {"type": "string", "enum": ["lora", "embedding"]}, "description": "What must come; a name is looked for among LoRAs if left out."}
 _ADDED: dict[int | str, dict[str, Any]] = {200: {"model": Added}, 202: {"model": JobState, "description": "Begun; see Location"}}
 
 
@@ -49,22 +61,28 @@ async def get_available_loras() -> Listing:
     return await asyncio.to_thread(keeping.listing, installer().registry)
 
 
+@router.get("/get_available_embeddings")
+async def get_available_embeddings() -> Embeddings:
+    """Every embedding with its base model and rights; its name in a prompt or negative prompt stands for it."""
+    return await asyncio.to_thread(keeping.embeddings, installer().registry)
+
+
 @router.post("/list_loras")
 async def list_loras() -> Listing:
     """The same, as the typed client asks for it."""
     return await get_available_loras()
 
 
-@router.post("/add_new_lora", responses=_ADDED, openapi_extra={"parameters": [_SOURCE, _WAIT]})
+@router.post("/add_new_lora", responses=_ADDED, openapi_extra={"parameters": [_SOURCE, _KIND, _WAIT]})
 async def add_new_lora(request: Request) -> Response:
     """Add a LoRA from Civitai (admin key). One that is there already answers 200 too."""
-    return await _add(AddLora(source=_named(request)), request)
+    return await _add(_named(request), request)
 
 
-@router.get("/add_new_lora", responses=_ADDED, openapi_extra={"parameters": [_SOURCE, _WAIT], "deprecated": True})
+@router.get("/add_new_lora", responses=_ADDED, openapi_extra={"parameters": [_SOURCE, _KIND, _WAIT], "deprecated": True})
 async def add_new_lora_by_get(request: Request) -> Response:
     """As POST does; for callers of old."""
-    response = await _add(AddLora(source=_named(request)), request)
+    response = await _add(_named(request), request)
     response.headers.update(_DEPRECATED)
     return response
 
@@ -134,18 +152,18 @@ async def verify(name: str) -> Verified:
     return await asyncio.to_thread(keeping.verify, installer().registry, name)
 
 
-def _named(request: Request) -> str:
-    """`name` of the query, which has nothing else but `wait`."""
-    values = request.query_params.multi_items()
-    for name, _ in values:
-        if name not in ("name", "wait"):
-            raise invalid_field(name[:80], f"unknown parameter{nearest(name, ['name', 'wait'])}", ["name", "wait"])
+def _named(request: Request) -> AddLora:
+    """`name` of the query, and `kind`; beside them it has nothing but `wait`."""
+    known = ["name", "kind", "wait"]
+    for name, _ in request.query_params.multi_items():
+        if name not in known:
+            raise invalid_field(name[:80], f"unknown parameter{nearest(name, known)}", known)
         if len(request.query_params.getlist(name)) > 1:
             raise invalid_field(name, "is given more than once", "once")
     named = request.query_params.get("name", "").strip()
     if not named or len(named) > 500:
         raise invalid_field("name", "is missing" if not named else "is too long", "a name, a Civitai id or a page's address, of at most 500 characters")
-    return named
+    return reading.check(AddLora, {"source": named, "kind": request.query_params.get("kind")})
 
 
 async def _add(wanted: AddLora, request: Request) -> Response:

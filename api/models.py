@@ -57,7 +57,7 @@ def _offer(catalogue: Catalogue, status: RunnerStatus | Problem | None) -> dict[
         "allow_unlisted": catalogue.models.allow_unlisted,
         "device": here and here.device,
         "models": [
-            entry.capabilities(catalogue.settings.limits) | {"loras": catalogue.loras_for(entry), "state": states.get(entry.id, "cold")}
+            entry.capabilities(catalogue.settings.limits) | {"loras": catalogue.fitting("lora", entry), "embeddings": catalogue.fitting("embedding", entry), "state": states.get(entry.id, "cold")}
             for entry in catalogue.entries.values()
         ],
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from core.generation import GenerationRequest, PlannedLora
 from core.loras import Lora, Registry
+from core.loras.registry import NOUNS
 from core.problems import FieldError, Problem, shown, unavailable
 from core.settings import Family
 
@@ -115,23 +116,33 @@ def resolve(reading: Reading, registry: Registry, family: Family, family_of: Cal
                 raise
             reading.errors += [e.model_copy(update={"field": wanted.field}) for e in unknown.details.errors]
             continue
-        own = family_of(lora)
-        if own != family:
-            models = fitting(own)
-            message = f"{lora.name!r} is made for {own} models ({lora.base_model}), not for {family}; it fits {', '.join(models) or 'no model here'}"
-            reading.errors.append(FieldError(field=wanted.field, message=message, allowed=models, given=shown(wanted.name)))
+        if error := unfit(lora, wanted.field, family, family_of(lora), fitting):
+            reading.errors.append(error)
             continue
         path = registry.file(lora)
-        _check_there(lora, path)
+        check_there(lora, path)
         planned.append((lora, PlannedLora(
             name=lora.name, weight=wanted.weight, path=str(path), sha256=lora.sha256, commercial_use=lora.commercial_use, credit=lora.credit,
         )))  # fmt: skip
     return planned
 
 
-def _check_there(lora: Lora, path: Path) -> None:
+def unfit(lora: Lora, field: str, family: Family, own: Family, fitting: Callable[[Family], list[str]]) -> FieldError | None:
+    """What is wrong where an entry, made for the family `own`, is named in `field` for a model of `family`."""
+    if own == family:
+        return None
+    models = fitting(own)
+    message = f"{lora.name!r} is made for {own} models ({lora.base_model}), not for {family}; it fits {', '.join(models) or 'no model here'}"
+    return FieldError(field=field, message=message, allowed=models, given=shown(lora.name))
+
+
+def check_there(lora: Lora, path: Path) -> None:
+    """Raises:
+    Problem: 503 where an entry's weights are not on this machine.
+    """
     if not path.is_file():
-        raise unavailable(f"The weights of the LoRA {lora.name} are not at {path}. Put the file there, or remove the LoRA and add it again.", slug="lora-missing")
+        noun = NOUNS[lora.kind]
+        raise unavailable(f"The weights of the {noun} {lora.name} are not at {path}. Put the file there, or remove the {noun} and add it again.", slug="lora-missing")
 
 
 def missing_triggers(prompt: str, loras: Iterable[Lora]) -> list[str]:

@@ -13,11 +13,13 @@ import uuid
 from dataclasses import dataclass
 from typing import get_args
 
-from core import adapters, schedulers
-from core.generation import GenerationRequest, Inputs, Pixels, Plan, PlannedLora, Task
+from core import schedulers
+from core.generation import GenerationRequest, Inputs, Pixels, Plan, Task
 from core.loras import Lora, Registry, rights
+from core.loras.registry import Kind
 from core.problems import FieldError, Problem, invalid, invalid_field, nearest
 from core.settings import Dtype, Family, Limits, Model, Models, Settings, UniDiffuser, beside_configuration
+from core.wording import Writer
 
 _SEEDS = random.SystemRandom()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -118,6 +120,7 @@ class Catalogue:
         self.queue = (models.queue if isinstance(models, UniDiffuser) else None) or settings.queue
         self.entries = {m.id: Entry(m, FAMILIES[m.family]) for m in self.models.catalogue}
         self.registry = Registry(beside_configuration(settings.loras.registry), beside_configuration(settings.loras.folder))
+        self.writer = Writer(settings, self.registry, self.family_of, self._fitting)
 
     def find(self, model_id: str | None) -> Entry:
         """The entry for an id, or the default one.
@@ -149,9 +152,9 @@ class Catalogue:
         except Problem:
             return _guess_family(lora.base_model)
 
-    def loras_for(self, entry: Entry) -> list[str]:
-        """The names of the LoRAs that fit a model."""
-        return [name for name, lora in self.registry.entries().items() if self.family_of(lora) == entry.model.family]
+    def fitting(self, kind: Kind, entry: Entry) -> list[str]:
+        """The names of the LoRAs, or of the embeddings, that fit a model."""
+        return [name for name, lora in self.registry.of_kind(kind).items() if self.family_of(lora) == entry.model.family]
 
     def plan(self, request: GenerationRequest, inputs: Inputs | None, client: str) -> Plan:
         """Check `request` against its model and the limits, and fill in every default.
@@ -198,11 +201,12 @@ class Catalogue:
                 sizes = str(entry.size) if traits.multimodal else f"{entry.min_size} to {entry.max_size}, a multiple of {traits.multiple}"
                 refuse(name, f"does not fit {entry.id}", sizes, value)
         scheduler = schedulers.find(request.scheduler, traits.flow, image is not None, traits.multimodal).name if request.scheduler else None
-        prompt, loras = self._loras(entry, request, errors, notes)
+        worded = self.writer.write(request, entry.model.family, errors, notes)
         if request.commercial:
-            allowing = {f"{entry.id} ({entry.model.licence})": entry.model.commercial_use} | {f"the LoRA {x.name}": x.commercial_use for x in loras}
+            allowing = {f"{entry.id} ({entry.model.licence})": entry.model.commercial_use} 
+            allowing |= {f"the LoRA {x.name}": x.commercial_use for x in worded.loras} | {f"the embedding {x.name}": x.commercial_use for x in worded.embeddings}
             for part in (p for p, allowed in allowing.items() if not allowed):
-                refuse("commercial", f"{part} does not allow commercial use", "false, or another model or LoRA", True)
+                refuse("commercial", f"{part} does not allow commercial use", "false, or another model, LoRA or embedding", True)
         if errors:
             raise invalid(errors)
 
@@ -216,8 +220,8 @@ class Catalogue:
             id=uuid.uuid4().hex,
             client=client,
             model_id=entry.id,
-            prompt=prompt,
-            negative_prompt=request.negative_prompt,
+            prompt=worded.prompt,
+            negative_prompt=worded.negative_prompt,
             torch_dtype=request.torch_dtype or entry.model.torch_dtype,
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -227,24 +231,13 @@ class Catalogue:
             scheduler=scheduler,
             strength=strength,
             clip_skip=request.clip_skip,
-            loras=loras,
+            loras=worded.loras,
+            embeddings=worded.embeddings,
             commercial=request.commercial,
             image=image,
             deadline_s=min(request.deadline_s or self.queue.deadline_s, self.queue.deadline_s),
             notes=notes,
         )
-
-    def _loras(self, entry: Entry, request: GenerationRequest, errors: list[FieldError], notes: list[str]) -> tuple[str, list[PlannedLora]]:
-        """The prompt to encode and the LoRAs to use; what is wrong goes to `errors`, what was done to `notes`."""
-        reading = adapters.read(request, self.settings.limits.loras)
-        chosen = adapters.resolve(reading, self.registry, entry.model.family, self.family_of, self._fitting)
-        errors += reading.errors
-        notes += reading.notes
-        prompt = reading.prompt
-        if request.lora_triggers == "auto" and (missing := adapters.missing_triggers(prompt, [lora for lora, _ in chosen])):
-            prompt = ", ".join([*([prompt] if prompt else []), *missing])
-            notes.append(f"added to the prompt: {', '.join(missing)}")
-        return prompt, [planned for _, planned in chosen]
 
     def _fitting(self, family: Family) -> list[str]:
         return [entry.id for entry in self.entries.values() if entry.model.family == family]

@@ -115,6 +115,17 @@ class PlannedLora(BaseModel):
     credit: str | None
 
 
+class PlannedEmbedding(BaseModel):
+    """An embedding that a plan's prompts name: the file at `path`, and the rights that came with it."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    path: str
+    sha256: str | None
+    commercial_use: bool
+    credit: str | None
+
+
 class Plan(BaseModel):
     """A request that can run: every value decided, except what only the device knows (dtype)."""
 
@@ -134,6 +145,7 @@ class Plan(BaseModel):
     strength: float | None
     clip_skip: int
     loras: list[PlannedLora] = []
+    embeddings: list[PlannedEmbedding] = []
     commercial: bool = False
     image: Pixels | None
     deadline_s: float
@@ -145,7 +157,7 @@ class Plan(BaseModel):
     @property
     def batch_key(self) -> str:
         """Plans with equal keys can share a batch: all but prompts, seeds and input pictures is alike."""
-        own = {"id", "client", "prompt", "negative_prompt", "seeds", "commercial", "image", "images", "deadline_s", "notes"}
+        own = {"id", "client", "prompt", "negative_prompt", "embeddings", "seeds", "commercial", "image", "images", "deadline_s", "notes"}
         return f"{self.image is None} {self.model_dump_json(exclude=own)}"
 
 
@@ -172,6 +184,17 @@ class AppliedLora(BaseModel):
     credit: str | None
 
 
+class AppliedEmbedding(BaseModel):
+    """An embedding as it ran: the SHA-256 of the file that was read, and how many vectors (tokens of
+    the prompt) it is."""
+
+    name: str
+    sha256: str
+    vectors: int
+    commercial_use: bool
+    credit: str | None
+
+
 class Ran(BaseModel):
     """The truth about what ran, for headers, metadata and JSON answers. `model_sha256` is the weights
     file's; of a folder, the UNet's or transformer's."""
@@ -190,6 +213,7 @@ class Ran(BaseModel):
     height: int
     clip_skip: int
     loras: list[AppliedLora] = []
+    embeddings: list[AppliedEmbedding] = []
     strength: float | None
     prompt: str
     negative_prompt: str

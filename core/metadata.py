@@ -19,7 +19,8 @@ def _quote(value: object) -> str:
 
 def parameters(ran: Ran, seed: int) -> str:
     """A1111's infotext: the prompt with a tag for each LoRA, `Negative prompt: ...`, and a line of
-    settings. `Lora hashes` are AutoV2, the first ten digits of the file's SHA-256."""
+    settings. `Lora hashes` are AutoV2, the first ten digits of the file's SHA-256; `TI hashes`,
+    of embeddings, the first twelve, as A1111 has them."""
     hashes = ", ".join(f"{lora.name}: {lora.sha256[:10]}" for lora in ran.loras)
     settings: dict[str, object] = {
         "Steps": ran.num_inference_steps,
@@ -33,6 +34,7 @@ def parameters(ran: Ran, seed: int) -> str:
         "Clip skip": ran.clip_skip + 1 if ran.clip_skip else None,
         "Denoising strength": None if ran.strength is None else f"{ran.strength:g}",
         "Lora hashes": hashes or None,
+        "TI hashes": ", ".join(f"{x.name}: {x.sha256[:12]}" for x in ran.embeddings) or None,
         "Version": f"easel {ran.libraries['easel']}",
     }
     lines = [" ".join([ran.prompt, *(f"<lora:{lora.name}:{lora.weight:g}>" for lora in ran.loras)]).strip()]

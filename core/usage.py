@@ -1,4 +1,4 @@
-"""The usage log: which key had how many pictures made, with which model and LoRAs.
+"""The usage log: which key had how many pictures made, with which model, LoRAs and embeddings.
 
 An append-only SQLite file, written after each answer and read by GET /admin/usage. Keys stand in it
 by their hash, prompts do not. Failing to write is logged and never fails a request; a file that is
@@ -75,12 +75,14 @@ class Ledger:
             plan.commercial, ran.commercial_use, json.dumps(ran.credit, ensure_ascii=False),
         )  # fmt: skip
 
+        parts = [(x.name, x.weight, x.sha256) for x in ran.loras] + [(x.name, 1.0, x.sha256) for x in ran.embeddings]
+
         def write(connection: sqlite3.Connection) -> None:
             with connection:
                 added = connection.execute(
                     "INSERT INTO usage (at, key, model, pictures, width, height, steps, commercial, commercial_use, credit) VALUES (?,?,?,?,?,?,?,?,?,?)", row
                 )
-                connection.executemany("INSERT INTO usage_loras VALUES (?,?,?,?)", [(added.lastrowid, x.name, x.weight, x.sha256) for x in ran.loras])
+                connection.executemany("INSERT INTO usage_loras VALUES (?,?,?,?)", [(added.lastrowid, *part) for part in parts])
 
         try:
             self._use(write)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -21,7 +21,17 @@ from PIL import Image
 from torch import Tensor
 
 from core import __version__, schedulers
-from core.generation import AppliedLora, Generation, Pixels, Plan, PlannedLora, Ran, Timing
+from core.generation import (
+    AppliedEmbedding,
+    AppliedLora,
+    Generation,
+    Pixels,
+    Plan,
+    PlannedEmbedding,
+    PlannedLora,
+    Ran,
+    Timing,
+)
 from core.images import to_pil
 from core.problems import Problem, invalid_field, problem
 from core.schedulers import Scheduler
@@ -56,7 +66,13 @@ def generate(
     pipe.scheduler, named = make_scheduler(resident, plans[0].scheduler)
     # 2. Each prompt to embeddings, once for all its pictures.
     began = last_step = time.perf_counter()
-    embedded = [prompts.embed(pipe, family, plan) for plan in plans]
+    failed: dict[int, Problem] = {}
+    embedded: dict[int, Embedded] = {}
+    for i, plan in enumerate(plans):
+        try:
+            embedded[i] = prompts.embed(pipe, family, plan)
+        except Problem as problem:
+            failed[i] = problem
     inputs = [_input(plan) for plan in plans]
     steps_run = 0
 
@@ -69,7 +85,6 @@ def generate(
 
     # 3. Denoise and decode, in batches that fit.
     pictures: list[list[Pixels]] = [[] for _ in plans]
-    failed: dict[int, Problem] = {}
     for batch in _batches(plans, embedded, max_batch):
         check()
         steps_run = 0
@@ -99,10 +114,10 @@ def generate(
     ]
 
 
-def _batches(plans: list[Plan], embedded: list[Embedded], max_batch: int) -> Iterator[list[tuple[int, int]]]:
+def _batches(plans: list[Plan], embedded: dict[int, Embedded], max_batch: int) -> Iterator[list[tuple[int, int]]]:
     """(plan, seed) of every picture, at most `max_batch` at once. Prompts of different length do not
     share a batch: one that is padded to the other's length is not what it is alone."""
-    rows = [(i, seed) for i, plan in enumerate(plans) for seed in plan.seeds]
+    rows = [(i, seed) for i in embedded for seed in plans[i].seeds]
     for _, alike in itertools.groupby(rows, key=lambda row: [t.shape for t in embedded[row[0]].arguments.values()]):
         remaining = list(alike)
         for start in range(0, len(remaining), max_batch):
@@ -133,28 +148,29 @@ def _ran(
         height=picture.height,
         clip_skip=plan.clip_skip,
         loras=loras,
+        embeddings=embedded.used,
         strength=plan.strength,
         prompt=plan.prompt,
         negative_prompt=plan.negative_prompt,
         prompt_tokens=embedded.tokens,
         prompt_tokens_cut=embedded.cut,
         licence=model.licence,
-        commercial_use=model.commercial_use and all(lora.commercial_use for lora in loras),
-        credit=list(dict.fromkeys(filter(None, [model.credit, *(lora.credit for lora in loras)]))),
-        notes=[*plan.notes, *embedded.notes, *_told(plan.loras, loras)],
+        commercial_use=model.commercial_use and all(part.commercial_use for part in (*loras, *embedded.used)),
+        credit=list(dict.fromkeys(filter(None, [model.credit, *(part.credit for part in (*loras, *embedded.used))]))),
+        notes=[*plan.notes, *embedded.notes, *_told(plan.loras, loras), *_told(plan.embeddings, embedded.used)],
         libraries=libraries(),
         timing=timing,
     )
 
 
-def _told(planned: list[PlannedLora], applied: list[AppliedLora]) -> list[str]:
-    """What is to be known of the LoRAs beyond their layers."""
+def _told(planned: Sequence[PlannedLora | PlannedEmbedding], applied: Sequence[AppliedLora | AppliedEmbedding]) -> list[str]:
+    """What is to be known of the LoRAs and embeddings beyond their layers and vectors."""
     notes = []
-    for before, lora in zip(planned, applied, strict=True):
-        if lora.unmatched:
-            notes.append(f"{lora.unmatched} of the layers of {lora.name} are not in this model")
-        if before.sha256 and before.sha256.lower() != lora.sha256:
-            notes.append(f"the file of {lora.name} is not the one that was registered (another SHA-256); its rights may differ")
+    for before, part in zip(planned, applied, strict=True):
+        if isinstance(part, AppliedLora) and part.unmatched:
+            notes.append(f"{part.unmatched} of the layers of {part.name} are not in this model")
+        if before.sha256 and before.sha256.lower() != part.sha256:
+            notes.append(f"the file of {part.name} is not the one that was registered (another SHA-256); its rights may differ")
     return notes
 
 

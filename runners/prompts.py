@@ -1,4 +1,5 @@
-"""Prompts to embeddings: A1111's weights, prompts of any length, and clip skip, through compel.
+"""Prompts to embeddings: A1111's weights, prompts of any length, clip skip, and textual inversions,
+through compel.
 
 `(words)` weighs 1.1, `[words]` 1/1.1, `(words:1.3)` what it says; `\\(` is a plain bracket. The
 parsed fragments go to compel, which chunks long prompts into windows of 77 tokens.
@@ -18,23 +19,29 @@ from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsTyp
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from core.generation import Plan
+from core import embeddings
+from core.generation import AppliedEmbedding, Plan
 from core.settings import Family
+from runners.textual_inversion import Embedding, read, taught
 
 _TOKEN = re.compile(r"\\\\|\\[()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|:|\\")
 
 
+Fragments = list[tuple[str, float]]  # a prompt in parts, each with its weight
+
+
 @dataclass(frozen=True)
 class Embedded:
-    """The pipeline's prompt arguments, and how much of the prompt they hold."""
+    """The pipeline's prompt arguments, how much of the prompt they hold, and the textual inversions in them."""
 
     arguments: dict[str, Tensor]
     tokens: int
     cut: int
     notes: list[str]
+    used: list[AppliedEmbedding]
 
 
-def parse_weights(prompt: str) -> list[tuple[str, float]]:
+def parse_weights(prompt: str) -> Fragments:
     """A prompt as (text, weight) fragments. Unbalanced brackets are plain text's best reading:
     an open one weighs to the end, a stray closing one is text. Weights are kept within 0 to 10."""
     fragments: list[tuple[str, float]] = []
@@ -75,32 +82,46 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
 
 
 def embed(pipe: DiffusionPipeline, family: Family, plan: Plan) -> Embedded:
-    """Everything the pipeline needs of the prompts, as its keyword arguments: tensors, (1, ...)."""
+    """Everything the pipeline needs of the prompts, as its keyword arguments: tensors, (1, ...).
+
+    Raises:
+        Problem: as `textual_inversion.read`.
+    """
     with torch.inference_mode():
         if family == "flux":
             return _for_flux(pipe, plan)
-        return _for_sdxl(pipe, plan) if family == "sdxl" else _for_sd(pipe, plan)
+        encoders = [pipe.text_encoder, *([pipe.text_encoder_2] if family == "sdxl" else [])]
+        widths = [encoder.config.hidden_size for encoder in encoders]
+        new = read(plan.embeddings, plan.prompt + plan.negative_prompt, widths, plan.model_id)
+        marks = {one.planned.name: one.mark for one in new}
+        # Marked before the weights are read: a name may have brackets.
+        prompts = [parse_weights(embeddings.replace(text, marks, marks.__getitem__)) for text in (plan.prompt, plan.negative_prompt)]
+        return (_for_sdxl if family == "sdxl" else _for_sd)(pipe, prompts, plan.clip_skip, new)
 
 
-def _for_sd(pipe: DiffusionPipeline, plan: Plan) -> Embedded:
-    positive, negative = parse_weights(plan.prompt), parse_weights(plan.negative_prompt)
-    with _fewer_layers(pipe.text_encoder, plan.clip_skip):
-        embeds = _weighted(pipe.tokenizer, pipe.text_encoder, [positive, negative], ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED)
+def _for_sd(pipe: DiffusionPipeline, prompts: list[Fragments], clip_skip: int, new: list[Embedding]) -> Embedded:
+    with taught(pipe.tokenizer, pipe.text_encoder, new, "text_encoder") as tokenizer:
+        with _fewer_layers(pipe.text_encoder, clip_skip):
+            embeds = _weighted(tokenizer, pipe.text_encoder, prompts, ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED)
+        tokens = _count(tokenizer, prompts[0])
     arguments = {"prompt_embeds": embeds[:1], "negative_prompt_embeds": embeds[1:]}
-    return Embedded(arguments, _count(pipe.tokenizer, positive), 0, [])
+    return Embedded(arguments, tokens, 0, [], [one.applied for one in new])
 
 
-def _for_sdxl(pipe: DiffusionPipeline, plan: Plan) -> Embedded:
-    positive, negative = parse_weights(plan.prompt), parse_weights(plan.negative_prompt)
+def _for_sdxl(pipe: DiffusionPipeline, prompts: list[Fragments], clip_skip: int, new: list[Embedding]) -> Embedded:
     kind = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
-    parts = []
-    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
-        with _fewer_layers(encoder, plan.clip_skip):
-            parts.append(_weighted(tokenizer, encoder, [positive, negative], kind))
+    texts = ["".join(text for text, _ in fragments) for fragments in prompts]
+    with (
+        taught(pipe.tokenizer, pipe.text_encoder, new, "text_encoder") as tokenizer,
+        taught(pipe.tokenizer_2, pipe.text_encoder_2, new, "text_encoder_2") as tokenizer_2,
+    ):
+        parts = []
+        for words, encoder in ((tokenizer, pipe.text_encoder), (tokenizer_2, pipe.text_encoder_2)):
+            with _fewer_layers(encoder, clip_skip):
+                parts.append(_weighted(words, encoder, prompts, kind))
+        pooled = EmbeddingsProvider(tokenizer_2, pipe.text_encoder_2).get_pooled_embeddings(texts)
+        tokens = _count(tokenizer, prompts[0])
     embeds = torch.cat(parts, dim=-1)
-    texts = ["".join(text for text, _ in fragments) for fragments in (positive, negative)]
-    pooled = EmbeddingsProvider(pipe.tokenizer_2, pipe.text_encoder_2).get_pooled_embeddings(texts)
-    tokens = _count(pipe.tokenizer, positive)
     notes = ["the pooled text embedding holds the prompt's first 75 tokens; all tokens reach cross-attention"] if tokens > 75 else []
     arguments = {
         "prompt_embeds": embeds[:1],
@@ -108,7 +129,7 @@ def _for_sdxl(pipe: DiffusionPipeline, plan: Plan) -> Embedded:
         "pooled_prompt_embeds": pooled[:1],
         "negative_pooled_prompt_embeds": pooled[1:],
     }
-    return Embedded(arguments, tokens, 0, notes)
+    return Embedded(arguments, tokens, 0, notes, [one.applied for one in new])
 
 
 def _for_flux(pipe: DiffusionPipeline, plan: Plan) -> Embedded:
@@ -120,15 +141,15 @@ def _for_flux(pipe: DiffusionPipeline, plan: Plan) -> Embedded:
     if len(pipe.tokenizer(plan.prompt, truncation=False).input_ids) > pipe.tokenizer.model_max_length:
         notes.append("the CLIP embedding holds the prompt's first 75 tokens; T5 reads up to 512")
     embeds, pooled, _ = pipe.encode_prompt(plan.prompt, None, device=pipe.device, max_sequence_length=limit)
-    return Embedded({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, tokens, max(0, tokens - (limit - 1)), notes)
+    return Embedded({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, tokens, max(0, tokens - (limit - 1)), notes, [])
 
 
-def _weighted(tokenizer: Any, encoder: nn.Module, prompts: list[list[tuple[str, float]]], kind: ReturnedEmbeddingsType) -> Tensor:
+def _weighted(tokenizer: Any, encoder: nn.Module, prompts: list[Fragments], kind: ReturnedEmbeddingsType) -> Tensor:
     """Embeddings of all prompts, (N, 77 * windows, width), padded to one length with the empty prompt's."""
     provider = EmbeddingsProvider(tokenizer, encoder, truncate=False, returned_embeddings_type=kind)
     each = [
         provider.get_embeddings_for_weighted_prompt_fragments(
-            text_batch=[[t for t, _ in fragments]], fragment_weights_batch=[[w for _, w in fragments]]
+            text_batch=[[t for t, _ in fragments]], fragment_weights_batch=[[w for _, w in fragments]], device=str(encoder.device)
         )
         for fragments in prompts
     ]
@@ -151,5 +172,5 @@ def _fewer_layers(encoder: Any, skip: int) -> Iterator[None]:
         stack.layers = layers
 
 
-def _count(tokenizer: Any, fragments: list[tuple[str, float]]) -> int:
+def _count(tokenizer: Any, fragments: Fragments) -> int:
     return len(tokenizer("".join(text for text, _ in fragments), truncation=False).input_ids) - 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import socket
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import bentoml
+import numpy
 import psutil
 import pytest
 import requests
+from PIL import Image
+from safetensors.numpy import save
 
 from tests.civitai import KEY, SIGNATURE, FakeCivitai, weights
 from tests.conftest import ADMIN, USER, Server, serving, wait_for
@@ -394,6 +398,53 @@ def test_the_typed_client_adds_lists_and_removes(place: Place) -> None:
         assert "twelve" in client.list_loras()["loras"]
         with pytest.raises(Exception, match=r"403|admin"):
             client.add_lora(source="Style 13")
+
+
+def test_embeddings_go_the_same_way_and_act_by_their_name(place: Place) -> None:
+    def drawn(**values: Any) -> requests.Response:
+        return place.server.post("/post_config", params={"prompt": "red apple", "seed": 1, "num_inference_steps": 2, **values})
+
+    before = drawn()
+    content = save({"emb_params": numpy.random.default_rng(0).standard_normal((2, 192)).astype("float32") / 2})
+    fields = {"name": "glow", "base_model": "starter/stable-diffusion"}
+    assert "not of a LoRA" in problem(upload(place, content, **fields, kind="lora"), 422)["detail"]
+    assert "not of an embedding" in problem(upload(place, weights(1), **fields, kind="embedding"), 422)["detail"]
+    assert "flux" in problem(upload(place, content, name="glow", base_model="Flux.1 D"), 422)["detail"]
+    assert upload(place, content, **fields).json()["lora"]["kind"] == "embedding"
+    assert upload(place, content, **fields).json()["already_there"] is True
+    assert "glow" not in place.server.get("/get_available_loras").json()["loras"]
+    entry = place.server.get("/get_available_embeddings").json()["embeddings"]["glow"]
+    assert (entry["available"], entry["commercial_use"], entry["base_model"]) == (True, False, "starter/stable-diffusion")
+    model = next(m for m in place.server.get("/capabilities").json()["models"] if m["model_id"] == "starter/stable-diffusion")
+    assert "glow" in model["embeddings"]
+    assert "glow" not in model["loras"]
+    assert place.admin("POST", "/admin/loras/glow/verify").json()["ok"] is True
+    assert place.admin("PATCH", "/admin/loras/glow", json={"usage_rights": "AllowCommercialUse", "creator": "Mina"}).json()["lora"]["creator"] == "Mina"
+    used = drawn(negative_prompt="glow", commercial=True)
+    assert (used.headers["x-easel-embeddings"], used.headers["x-easel-credit"]) == ("glow;vectors=2", "Mina")
+    assert used.content != before.content
+    assert "TI hashes: " in Image.open(io.BytesIO(used.content)).info["parameters"]
+    rows = place.admin("GET", "/admin/usage?group_by=lora").json()["usage"]
+    assert next(row["pictures"] for row in rows if row["lora"] == "glow") == 1
+    assert place.admin("DELETE", "/admin/loras/glow").json()["file_deleted"] is True
+    assert drawn().content == before.content
+    plain = drawn(negative_prompt="glow")
+    assert "x-easel-embeddings" not in plain.headers
+    assert plain.content != used.content
+
+
+def test_embeddings_come_from_civitai(place: Place) -> None:
+    content = save({"clip_l": numpy.ones((2, 768), "float32"), "clip_g": numpy.ones((2, 1280), "float32")})
+    place.fake.add(70, "Easy (Negative)", content=content, type="TextualInversion", version={"trainedWords": ["easy_negative"]})
+    assert "kind=embedding" in problem(place.admin("POST", "/add_new_lora?name=Easy+(Negative)"), 404)["detail"]
+    added = place.admin("POST", "/add_new_lora?name=Easy+(Negative)&kind=embedding").json()
+    assert (added["name"], added["lora"]["kind"], added["lora"]["family"]) == ("easy_negative", "embedding", "sdxl")
+    assert place.admin("POST", "/add_new_lora?name=70").json()["already_there"] is True
+    assert "is a LORA" in problem(place.admin("POST", "/admin/loras", json={"source": 1, "kind": "embedding", "name": "x"}), 422)["detail"]
+    problem(place.admin("POST", "/add_new_lora?name=70&kind=checkpoint"), 422)
+    refused = problem(place.server.post("/post_config", params={"prompt": "x", "negative_prompt": "easy_negative"}), 422)
+    assert "made for sdxl models" in refused["detail"]
+    assert place.admin("DELETE", "/admin/loras/easy_negative").json()["file_deleted"] is True
 
 
 def test_the_documents_show_the_lora_routes(place: Place) -> None:

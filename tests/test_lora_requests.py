@@ -99,7 +99,7 @@ def test_a_lora_of_another_family_is_refused_with_the_models_that_fit(catalogue:
     assert "it fits a, b; ['a', 'b']" in refusal(catalogue, lora="ink", model_id="xl")["lora"]
     for name, model in {"ink": "b", "two": "v2", "large": "xl", "pixels": "s"}.items():
         assert [x.name for x in plan(catalogue, lora=name, model_id=model).loras] == [name]
-    assert {e: catalogue.loras_for(catalogue.find(e)) for e in "as"} == {"a": ["ink", "neon", "gone"], "s": ["pixels"]}
+    assert {e: catalogue.fitting("lora", catalogue.find(e)) for e in "as"} == {"a": ["ink", "neon", "gone"], "s": ["pixels"]}
 
 
 def test_missing_weights_are_a_503_that_says_what_to_do(catalogue: Catalogue) -> None:

@@ -130,6 +130,13 @@ def test_a_bare_number_is_a_model_or_else_a_version(fake: FakeCivitai, tmp_path:
     assert "is a Checkpoint" in refused(made, 422, "lora-type", 600)
 
 
+def test_a_textual_inversion_must_have_vectors(fake: FakeCivitai, tmp_path: Path) -> None:
+    fake.add(1, "Style", type="TextualInversion")
+    made = installer(fake, tmp_path)
+    assert "not of an embedding" in refused(made, 502, "lora-kind")
+    assert contents(made) == []
+
+
 def test_both_ids_and_an_unknown_version(fake: FakeCivitai, tmp_path: Path) -> None:
     fake.add(1, "One", version_id=11)
     fake.add(1, "One", version_id=12)
@@ -146,7 +153,6 @@ def test_both_ids_and_an_unknown_version(fake: FakeCivitai, tmp_path: Path) -> N
     ("change", "status", "slug"),
     [
         ({"type": "Checkpoint"}, 422, "lora-type"),
-        ({"type": "TextualInversion"}, 422, "lora-type"),
         ({"mode": "Archived"}, 410, "lora-archived"),
         ({"mode": "TakenDown"}, 410, "lora-archived"),
         ({"version": {"status": "Draft"}}, 404, "lora-not-found"),

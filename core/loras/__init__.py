@@ -1,4 +1,4 @@
-"""LoRAs: the registry, and how weights and rights come into it.
+"""LoRAs and embeddings: the registry, and how weights and rights come into it.
 
 `Lora` and `Registry` are what a request needs; core.loras.installing is for admins alone.
 """

@@ -15,13 +15,14 @@ from pydantic import BaseModel, Field
 
 from core.loras import rights
 from core.loras.answers import File, Model, Version, read
+from core.loras.contents import check_family
 from core.loras.download import Remote
 from core.loras.egress import Egress, bad_answer
-from core.loras.registry import Lora, is_name
+from core.loras.registry import NOUNS, Kind, Lora, is_name
 from core.problems import Problem, invalid_field, problem
 from core.settings import Settings
 
-TYPES = ("LORA", "LoCon")
+TYPES: dict[Kind, tuple[str, ...]] = {"lora": ("LORA", "LoCon"), "embedding": ("TextualInversion",)}
 SEARCH_PAGES = 3
 _PAGE = re.compile(r"/models/(\d+)(?:/[^/]*)?/?")
 _DOWNLOAD = re.compile(r"/api/download/models/(\d+)/?")
@@ -41,12 +42,14 @@ class Candidate(BaseModel):
 
 @dataclass(frozen=True)
 class Offer:
-    """A file to fetch, and the entry to write when it is there. `again`: the entry stands already."""
+    """A file to fetch, what it must hold where that is known, and the entry to write when it is there.
+    `again`: the entry stands already."""
 
     lora: Lora
     remote: Remote
     notes: tuple[str, ...] = ()
     again: bool = False
+    kind: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,11 @@ def _id(digits: str) -> int:
 
 
 class Civitai:
-    """The client, for one job."""
+    """The client, for one job. Of an id any kind is taken unless `kind` is given; a name is a LoRA's then."""
 
-    def __init__(self, egress: Egress, client: httpx.AsyncClient, settings: Settings) -> None:
-        self._egress, self._client, self._settings = egress, client, settings
+    def __init__(self, egress: Egress, client: httpx.AsyncClient, settings: Settings, kind: Kind | None = None) -> None:
+        self._egress, self._client, self._settings, self._kind = egress, client, settings, kind
+        self._noun = NOUNS[kind or "lora"]
         self.site = settings.loras.civitai_url.rstrip("/")
 
     async def resolve(self, wanted: Reference) -> Offer:
@@ -151,14 +155,15 @@ class Civitai:
 
     async def _search(self, name: str) -> Candidate:
         """The one model called `name`, whatever the case; or the only one whose name has it."""
-        params: dict[str, Any] = {"query": name, "types": list(TYPES), "limit": 100, "nsfw": "true"}
+        types = TYPES[self._kind or "lora"]
+        params: dict[str, Any] = {"query": name, "types": list(types), "limit": 100, "nsfw": "true"}
         found: list[Model] = []
         for _ in range(SEARCH_PAGES):
             page = await self._egress.json(self._client, f"{self.site}/api/v1/models", params)
             items = page.get("items")
             if not isinstance(items, list):
                 raise bad_answer(httpx.URL(self.site).host, "a search result without items")
-            found += [m for m in (read(Model, item, self.site) for item in items) if m.type in TYPES]
+            found += [m for m in (read(Model, item, self.site) for item in items) if m.type in types]
             cursor = (page.get("metadata") or {}).get("nextCursor")
             if not cursor:
                 break
@@ -169,20 +174,24 @@ class Civitai:
         if not exact and len(found) == 1 and _plain(name) in _plain(found[0].name):
             return _candidate(found[0])
         if not found:
-            raise problem(404, "lora-not-found", "No such LoRA", f"{httpx.URL(self.site).host} has no LoRA called {name!r}. Give its id or its page's address.")
+            hint = "" if self._kind else " Embeddings are looked for with kind=embedding."
+            raise problem(404, "lora-not-found", f"No such {self._noun}", f"{httpx.URL(self.site).host} has no {self._noun} called {name!r}. Give its id or its page's address.{hint}")
         candidates = [_candidate(m) for m in (exact or found)[:20]]
-        which = f"{len(exact)} LoRAs are called {name!r}" if exact else f"No LoRA is called just {name!r}, and {len(found)} may be meant"
+        which = f"{len(exact)} {self._noun}s are called {name!r}" if exact else f"No {self._noun} is called just {name!r}, and {len(found)} may be meant"
         raise problem(
-            409, "lora-ambiguous", "Which LoRA?", f"{which}. Add one by its id: {', '.join(str(c.model_id) for c in candidates)}.",
+            409, "lora-ambiguous", f"Which {self._noun}?", f"{which}. Add one by its id: {', '.join(str(c.model_id) for c in candidates)}.",
             candidates=[c.model_dump() for c in candidates],
         )
 
-    def _check_type(self, model: Model) -> None:
-        if model.type not in TYPES:
-            raise problem(422, "lora-type", "Not a LoRA", f"{model.name!r} (model {model.id}) is a {model.type or 'model of unknown type'}; Easel takes {', '.join(TYPES)}.")
+    def _check_type(self, model: Model) -> Kind:
+        for kind, types in TYPES.items():
+            if model.type in types and self._kind in (None, kind):
+                return kind
+        allowed = [t for kind, types in TYPES.items() for t in types if self._kind in (None, kind)]
+        raise problem(422, "lora-type", f"No {self._noun}", f"{model.name!r} (model {model.id}) is a {model.type or 'model of unknown type'}; taken here: {', '.join(allowed)}.")
 
     def _offer(self, model: Model, version: Version) -> Offer:
-        self._check_type(model)
+        kind = self._check_type(model)
         label = f"{model.name!r} (model {model.id}, version {version.id})"
         if model.mode in ("Archived", "TakenDown"):
             raise problem(410, "lora-archived", "No longer there", f"{label} was {'archived' if model.mode == 'Archived' else 'taken down'} on Civitai.")
@@ -196,6 +205,7 @@ class Civitai:
             hint = f" Versions that fit: {', '.join(others[:10])}." if others else ""
             supported = list(rights.CIVITAI_BASES)
             raise invalid_field("base_model", f"{label} is for {version.baseModel[:60]!r}, which is not supported.{hint}", supported, version.baseModel)
+        check_family(kind, base)
         file = _choose_file(version, label)
         limit = self._settings.loras.max_bytes
         size = round(file.sizeKB * 1024) if file.sizeKB else None
@@ -205,12 +215,15 @@ class Civitai:
         raw = model.allowCommercialUse
         notes = [] if file.sha256 else [f"Civitai gives no SHA-256 for {label}: the file was checked by its length and header alone"]
         preview = next((i.url for i in version.images if i.url and i.type == "image"), None)
+        words = tuple(w for w in (x.strip().strip(",").strip() for x in version.trainedWords or []) if w)
+        token = kind == "embedding" and words and is_name(words[0])  # an embedding is used by its name, which its pages call its trigger word
         lora = Lora(
-            name=local_name(model.name, f"civitai-{model.id}"),
+            name=words[0] if token else local_name(model.name, f"civitai-{model.id}"),
+            kind=kind,
             model_id=model.id,
             base_model=base.hub_id,
             lora_path=url,
-            trigger_words=tuple(w for w in (x.strip().strip(",").strip() for x in version.trainedWords or []) if w),
+            trigger_words=words,
             allow_no_mention=model.allowNoCredit,
             usage_rights=rights.usage_rights(raw),
             family=base.family,
@@ -223,7 +236,7 @@ class Civitai:
             allow_commercial_use=[raw] if isinstance(raw, str) else raw,
         )
         fetch = f"{url}?fileId={file.id}" if file.id else url
-        return Offer(lora, Remote(fetch, file.sha256, size), tuple(notes))
+        return Offer(lora, Remote(fetch, file.sha256, size), tuple(notes), kind=kind)
 
 
 def local_name(text: str, otherwise: str) -> str:

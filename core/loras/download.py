@@ -17,16 +17,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import httpx
 from filelock import AsyncFileLock
-from safetensors import SafetensorError, safe_open
 from tenacity import RetryCallState
 
+from core.loras.contents import check_weights
 from core.loras.egress import Egress, Transient, bad_answer
 from core.loras.listfile import sync_folder
-from core.loras.registry import cannot_write
+from core.loras.registry import Kind, cannot_write
 from core.problems import Problem, problem
 
 CHUNK = 1024 * 1024
@@ -46,10 +46,11 @@ class Remote:
 
 @dataclass(frozen=True)
 class Local:
-    """A file that was checked: its SHA-256 in lower case, and its bytes."""
+    """A file that was checked: its SHA-256 in lower case, its bytes, and what it holds."""
 
     sha256: str
     size: int
+    kind: Kind
 
 
 Progress = Callable[[int, int | None], None]  # bytes so far, and in all where known
@@ -73,8 +74,9 @@ async def held(target: Path) -> AsyncIterator[None]:
         await flock.release()
 
 
-async def download(egress: Egress, remote: Remote, target: Path, progress: Progress = lambda done, total: None) -> Local:
-    """Fetch `remote` to `target`, whose folder exists; call it inside `held(target)`.
+async def download(egress: Egress, remote: Remote, target: Path, progress: Progress = lambda done, total: None, kind: Kind | None = None) -> Local:
+    """Fetch `remote`, which must be of `kind` where that is given, to `target`, whose folder exists;
+    call it inside `held(target)`.
 
     Raises:
         Problem: whatever stands in the way; then there is no temporary file and no `target`.
@@ -88,13 +90,13 @@ async def download(egress: Egress, remote: Remote, target: Path, progress: Progr
         sha256 = fetch.hash.hexdigest()
         if remote.sha256 and sha256 != remote.sha256.lower():
             raise problem(502, "lora-wrong-hash", "Wrong hash", f"{fetch.host} sent a file whose SHA-256 is {sha256}; it should be {remote.sha256.lower()}. Nothing was kept.")
-        await asyncio.to_thread(check_weights, temporary, 502)
+        found = await asyncio.to_thread(check_weights, temporary, 502, kind)
         try:
             await uninterrupted(settle, temporary, target)
         except asyncio.CancelledError:
             target.unlink(missing_ok=True)
             raise
-        return Local(sha256, fetch.done)
+        return Local(sha256, fetch.done, found)
     except TimeoutError:
         raise problem(504, "lora-deadline", "Took too long", f"The download was not done within loras.deadline_s ({egress.settings.deadline_s:g} s).") from None
     except OSError as error:
@@ -210,27 +212,6 @@ class _Fetch:
         return Transient(problem(502, "lora-source-cut", "Connection cut", f"{self.host} sent {self.done} of {self.total or 'an unknown number of'} bytes. Try again.", retry_after=10))
 
 
-def check_weights(path: Path, status: int) -> None:
-    """See that a file is safetensors, whole by its own header, and has the weights of a LoRA.
-
-    Raises:
-        Problem: of this status, saying what it is instead.
-    """
-    try:
-        with safe_open(path, framework="np") as weights:
-            names = list(weights.keys())
-    except (SafetensorError, ValueError, UnicodeDecodeError) as error:
-        with path.open("rb") as file:
-            start = file.read(16)
-        what = "a ZIP or PyTorch pickle file" if start.startswith((b"PK", b"\x80")) else "a web page" if start.lstrip().startswith(b"<") else str(error)[:120]
-        raise problem(status, "lora-not-safetensors", "Not a safetensors file", f"The file is no whole safetensors file: {what}. Pickled weights are refused, since loading them runs code.") from None
-    other = next((kind for kind in ("dora_scale", "lora_magnitude_vector", "hada", "lokr", "oft_", "emb_params") if any(kind in name for name in names)), None)
-    if not other and any("lora" in name.lower() for name in names):
-        return
-    detail = f"of the kind {other!r}, which is not supported" if other else f"but has none of a LoRA (it begins with {names[0][:80]!r})" if names else "but is empty"
-    raise problem(status, "lora-not-a-lora", "Not a LoRA", f"The file has weights {detail}.")
-
-
 def settle(temporary: Path, target: Path) -> None:
     """Rename a file that is written and checked into place, readable as other files are, for good."""
     umask = os.umask(0)
@@ -240,13 +221,6 @@ def settle(temporary: Path, target: Path) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, target)
     sync_folder(target.parent)
-
-
-def hash_file(path: Path) -> Local:
-    """Hash a file that may be too large for memory."""
-    with path.open("rb") as file:
-        digest: Any = hashlib.file_digest(file, "sha256")
-        return Local(digest.hexdigest(), os.fstat(file.fileno()).st_size)
 
 
 def sweep(folder: Path, older_than_s: float = 24 * 3600) -> None:

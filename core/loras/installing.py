@@ -1,4 +1,4 @@
-"""Adding LoRAs: jobs that look up, download and register, with progress.
+"""Adding LoRAs and embeddings: jobs that look up, download and register, with progress.
 
 A job goes on when the client that asked for it has gone. The same LoRA asked for twice at once is
 downloaded once: whoever comes second waits, and finds it there. api.loras calls it.
@@ -18,8 +18,9 @@ from typing import Literal
 import httpx
 from pydantic import BaseModel
 
-from core.loras import civitai, hub
+from core.loras import civitai, hub, rights
 from core.loras.civitai import Civitai, Offer, Reference
+from core.loras.contents import check_family
 from core.loras.download import download, held, sweep, uninterrupted
 from core.loras.egress import Egress
 from core.loras.keeping import already_there, now, with_terms
@@ -140,16 +141,20 @@ class Installer:
                 return already_there(same)
             lora = offer.lora if offer.again else same or _named(offer.lora, wanted, known)
             async with self._slots:
-                local = await download(self.egress, offer.remote, target, job.progress)
-            lora = lora.model_copy(update={"sha256": local.sha256, "size": local.size, "file_name": target.name, "date_added": lora.date_added or now()})
+                local = await download(self.egress, offer.remote, target, job.progress, wanted.kind or offer.kind)
+            lora = lora.model_copy(update={"kind": local.kind, "sha256": local.sha256, "size": local.size, "file_name": target.name, "date_added": lora.date_added or now()})
             try:
                 with contextlib.suppress(asyncio.CancelledError):  # too late: it is there
-                    await uninterrupted(self.registry.put, lora, lora.name in known)
+                    await uninterrupted(self._put, lora, lora.name in known)
             except Problem:
                 if lora.name not in known:
                     target.unlink(missing_ok=True)
                 raise
         return Added(name=lora.name, already_there=False, message=f"{lora.name!r} was added.", lora=lora.entry(), notes=list(offer.notes))
+
+    def _put(self, lora: Lora, known: bool) -> None:
+        check_family(lora.kind, rights.Base(lora.family or "sd15", lora.base_model))
+        self.registry.put(lora, known)
 
     def _reference(self, wanted: AddLora) -> Reference | HubSource:
         source = wanted.source
@@ -181,7 +186,7 @@ class Installer:
         entry = self.registry.entries().get(reference.name or "")
         if entry is not None:
             return await self._again(entry, client)
-        return await Civitai(self.egress, client, self.settings).resolve(reference)
+        return await Civitai(self.egress, client, self.settings, wanted.kind).resolve(reference)
 
     async def _again(self, lora: Lora, client: httpx.AsyncClient) -> Offer:
         """Where to get the weights of an entry whose file is not on this machine."""
@@ -190,13 +195,13 @@ class Installer:
             offer = await hub.resolve(self.egress, client, self.settings, repo_id, filename, revision, lora.base_model)
         elif lora.version_id or lora.lora_path.startswith(("http://", "https://")):
             reference = Reference(version_id=lora.version_id) if lora.version_id else civitai.parse(lora.lora_path, self.settings.loras.civitai_url)
-            offer = await Civitai(self.egress, client, self.settings).resolve(reference)
+            offer = await Civitai(self.egress, client, self.settings, lora.kind).resolve(reference)
         else:
             raise problem(409, "lora-weights-missing", "Weights missing", f"The weights of {lora.name!r} are not at {lora.lora_path}, and its entry does not say where to get them.")
         remote = dataclasses.replace(offer.remote, sha256=lora.sha256 or offer.remote.sha256)
         if lora.file_name is None:
             lora = lora.model_copy(update={"file_name": offer.lora.file_name})
-        return Offer(lora, remote, offer.notes, again=True)
+        return Offer(lora, remote, offer.notes, again=True, kind=lora.kind)
 
 
 def _named(lora: Lora, wanted: AddLora, known: dict[str, Lora]) -> Lora:

@@ -1,4 +1,4 @@
-"""Uploaded LoRAs, and what becomes of those that are there: edited, removed, hashed again, listed.
+"""Uploaded LoRAs and embeddings, and what becomes of those that are there: edited, removed, hashed again, listed.
 
 Plain functions over the registry; they read and write files, so api.loras calls them in a thread.
 """
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from core.loras import rights
-from core.loras.download import check_weights, hash_file, settle
-from core.loras.messages import Added, Listing, Removed, Terms, UploadedLora, Verified
-from core.loras.registry import NAME_RULE, Lora, Registry, cannot_write, is_name, missing, name_taken
+from core.loras.contents import check_family, check_weights, hash_file
+from core.loras.download import settle
+from core.loras.messages import Added, Embeddings, Listing, Removed, Terms, UploadedLora, Verified
+from core.loras.registry import NAME_RULE, Kind, Lora, Registry, cannot_write, is_name, missing, name_taken
 from core.problems import Problem, invalid_field
 from core.settings import Settings
 
@@ -28,16 +29,17 @@ def take_upload(registry: Registry, settings: Settings, temporary: Path, wanted:
     if not is_name(name):
         raise invalid_field("name", "cannot name a LoRA", NAME_RULE, name)
     base = rights.base_model(wanted.base_model, settings)
-    check_weights(temporary, 422)
-    local = hash_file(temporary)
+    kind = check_weights(temporary, 422, wanted.kind)
+    check_family(kind, base)
+    sha256, size = hash_file(temporary)
     if known := registry.entries().get(name):
-        if known.sha256 == local.sha256 and registry.file(known).is_file():
+        if known.sha256 == sha256 and registry.file(known).is_file():
             return already_there(known)
         raise name_taken(name)
-    target = registry.folder / f"upload-{local.sha256[:32]}.safetensors"
+    target = registry.folder / f"upload-{sha256[:32]}.safetensors"
     lora = Lora(
-        name=name, base_model=base.hub_id, lora_path=os.path.relpath(target, registry.path.parent), family=base.family,
-        usage_rights=rights.NOT_ALLOWED, file_name=target.name, sha256=local.sha256, size=local.size, date_added=now(),
+        name=name, kind=kind, base_model=base.hub_id, lora_path=os.path.relpath(target, registry.path.parent), family=base.family,
+        usage_rights=rights.NOT_ALLOWED, file_name=target.name, sha256=sha256, size=size, date_added=now(),
     )
     before = target.exists()
     try:
@@ -95,30 +97,38 @@ def verify(registry: Registry, name: str) -> Verified:
     answer = Verified(name=name, ok=False, expected_sha256=lora.sha256, detail="")
     if not target.is_file():
         return answer.model_copy(update={"detail": "The weights are not on this machine; add the LoRA again to download them."})
-    local = hash_file(target)
+    sha256, size = hash_file(target)
     ok = False
     try:
-        check_weights(target, 422)
+        check_weights(target, 422, lora.kind)
     except Problem as error:
         detail = error.details.detail
     else:
-        ok = lora.sha256 is None or lora.sha256.lower() == local.sha256
+        ok = lora.sha256 is None or lora.sha256.lower() == sha256
         if lora.sha256 is None:
             detail = "The file is whole; the registry has no SHA-256 to compare with."
         elif ok:
             detail = "The file is the one that was registered."
         else:
             detail = "The file is not the one that was registered: its SHA-256 differs. Remove the LoRA and add it again."
-    return answer.model_copy(update={"ok": ok, "sha256": local.sha256, "size": local.size, "detail": detail})
+    return answer.model_copy(update={"ok": ok, "sha256": sha256, "size": size, "detail": detail})
 
 
 def listing(registry: Registry) -> Listing:
     """Every LoRA in the seed's schema and more, and what is wrong with the registry's file."""
-    loras: dict[str, dict[str, Any]] = {
+    return Listing(loras=_listed(registry, "lora"), warning=registry.warning)
+
+
+def embeddings(registry: Registry) -> Embeddings:
+    """Every embedding, as `listing` has the LoRAs."""
+    return Embeddings(embeddings=_listed(registry, "embedding"), warning=registry.warning)
+
+
+def _listed(registry: Registry, kind: Kind) -> dict[str, dict[str, Any]]:
+    return {
         name: lora.entry() | {"commercial_use": lora.commercial_use, "credit": lora.credit, "available": registry.file(lora).is_file()}
-        for name, lora in registry.entries().items()
+        for name, lora in registry.of_kind(kind).items()
     }
-    return Listing(loras=loras, warning=registry.warning)
 
 
 def with_terms(lora: Lora, terms: Terms) -> Lora:

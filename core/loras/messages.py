@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from core.loras import hub, rights
-from core.loras.registry import NAME_RULE, is_name
+from core.loras.registry import NAME_RULE, Kind, is_name
 from core.problems import ProblemDetails
 
 TriggerWord = Annotated[str, Field(min_length=1, max_length=500)]
@@ -75,6 +75,7 @@ class AddLora(Terms):
     ]
     name: str | None = Field(None, description=f"What to call it here: {NAME_RULE}. Left out: by its name there.")
     base_model: str | None = Field(None, max_length=300, description="For a hub repository that does not say what it is for.")
+    kind: Kind | None = Field(None, description="What must come; a name is looked for among LoRAs if left out.")
 
     @field_validator("name")
     @classmethod
@@ -123,6 +124,7 @@ class UploadedLora(Terms):
 
     name: str
     base_model: str = Field(max_length=300)
+    kind: Kind | None = Field(None, description="What the file must be; by its tensors if left out.")
 
     @field_validator("trigger_words", mode="before")
     @classmethod
@@ -158,4 +160,11 @@ class Listing(BaseModel):
     """Every LoRA by its name, in the seed's schema and more; `warning` says what is wrong with the registry's file."""
 
     loras: dict[str, dict[str, Any]]
+    warning: str | None = None
+
+
+class Embeddings(BaseModel):
+    """Every embedding, as `Listing` has the LoRAs."""
+
+    embeddings: dict[str, dict[str, Any]]
     warning: str | None = None

@@ -1,4 +1,4 @@
-"""The LoRA registry: lora_list.json, what each entry says, and where its weights are.
+"""The registry of LoRAs and embeddings: lora_list.json, what each entry says, and where its weights are.
 
 The file keeps the seed's schema (a JSON object of name to entry, "trigger words" with a blank), so
 that its other readers go on working; fields beyond the seed's are optional. It may be edited by
@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock
 from filelock import Timeout as LockTimeout
@@ -28,6 +28,8 @@ from core.settings import Family
 
 log = logging.getLogger("easel.loras")
 LOCK_TIMEOUT_S = 20
+Kind = Literal["lora", "embedding"]
+NOUNS: dict[Kind, str] = {"lora": "LoRA", "embedding": "embedding"}
 NAME_RULE = "1 to 100 characters; not : , < > / \\ \" or control characters; no blank or dot at either end"
 _NAME = re.compile(r"[^\s:,<>/\\\"\x00-\x1f\x7f-\x9f](?:[^:,<>/\\\"\x00-\x1f\x7f-\x9f]{0,98}[^\s:,<>/\\\"\x00-\x1f\x7f-\x9f])?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}\.safetensors", re.ASCII)
@@ -43,7 +45,8 @@ class Lora(BaseModel):
     """An entry of the registry.
 
     `lora_path` is where the weights came from (a URL) or, for a file that lies beside the
-    registry, its path relative to it. `file_name` is the file in `loras.folder`.
+    registry, its path relative to it. `file_name` is the file in `loras.folder`. An entry without a
+    `kind` is a LoRA, as it was for the seed.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
@@ -51,6 +54,7 @@ class Lora(BaseModel):
     name: str = Field(exclude=True)
     model_id: int | None = None
     base_model: str
+    kind: Kind = "lora"
     lora_path: str
     trigger_words: tuple[str, ...] = Field((), alias="trigger words")
     allow_no_mention: bool = False
@@ -93,7 +97,7 @@ class Lora(BaseModel):
 
     def entry(self) -> dict[str, Any]:
         """As the file has it: the seed's fields always, others where they are known."""
-        content = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        content = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"kind"} if self.kind == "lora" else None)
         return {"model_id": self.model_id, **content}
 
 
@@ -123,16 +127,22 @@ class Registry:
                 self._read = (stamp, good, warning)
         return dict(self._read[1])
 
+    def of_kind(self, kind: Kind) -> dict[str, Lora]:
+        """The LoRAs, or the embeddings."""
+        return {name: lora for name, lora in self.entries().items() if lora.kind == kind}
+
     def find(self, name: str) -> Lora:
-        """The entry called `name`.
+        """The LoRA called `name`.
 
         Raises:
             Problem: 422 that lists what there is.
         """
-        known = self.entries()
-        if name not in known:
-            raise invalid_field("lora", f"there is no LoRA {name!r}{nearest(name, known)}", list(known), name)
-        return known[name]
+        known = self.of_kind("lora")
+        if name in known:
+            return known[name]
+        if name in self.entries():
+            raise invalid_field("lora", f"{name!r} is an embedding: write its name into the prompt or the negative prompt", list(known), name)
+        raise invalid_field("lora", f"there is no LoRA {name!r}{nearest(name, known)}", list(known), name)
 
     def file(self, lora: Lora) -> Path:
         """Where its weights are on this machine (the file may be missing)."""
