@@ -223,6 +223,7 @@ class Ran(BaseModel):
     commercial_use: bool
     credit: list[str] = []
     notes: list[str]
+    degraded: str | None = None  # how it ran with less memory than usual
     libraries: dict[str, str]
     timing: Timing
 
@@ -270,6 +271,7 @@ class ResidentModel(BaseModel):
     device: str | None = None
     torch_dtype: str | None = None
     resident_bytes: int = 0
+    host_bytes: int = 0  # in CPU memory, of an offloaded model
     loras: list[ResidentLora] = []
     last_used_s_ago: float | None = None
     unload_in_s: float | None = None

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
+from core.optimising import Optimise
+
 ROOT = Path(__file__).resolve().parent.parent
 
 Family = Literal["starter", "sd15", "sd2", "sdxl", "flux", "unidiffuser"]
@@ -81,6 +83,13 @@ class Model(Section):
     commercial_use: bool = False
     credit: str | None = None
     idle_timeout_s: Seconds | None = None
+    optimise: Optimise = Optimise()
+
+    @model_validator(mode="after")
+    def optimisations_go_together(self) -> Model:
+        if found := self.optimise.conflicts(self.family, single_file=bool(self.source and self.source.endswith(".safetensors"))):
+            raise ValueError(f"{self.id} cannot be optimised so. {'. '.join(found)}")
+        return self
 
 
 class Models(Section):
@@ -94,6 +103,7 @@ class Models(Section):
     max_batch: Count = 4
     device: str | None = None
     cpu_threads: Count | None = None
+    compile_cache: Path = Path("compile_cache")
     catalogue: list[Model] = []
 
     @model_validator(mode="after")
@@ -113,6 +123,11 @@ class Models(Section):
         if strange := [m.id for m in self.catalogue if (m.family == "unidiffuser") != multimodal]:
             raise ValueError(f"the catalogue cannot hold {', '.join(strange)}: models of the family unidiffuser stand in unidiffuser.catalogue, all others in models.catalogue")
         return self
+
+
+    def needs(self, gpus: int) -> list[str]:
+        """What the catalogue's optimisations need that a worker with so many GPUs, or this installation, does not have."""
+        return [f"{model.id}: {missing}" for model in self.catalogue for missing in model.optimise.missing(gpus)]
 
 
 class Loras(Section):

@@ -6,6 +6,8 @@ the runner's own process only.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,10 +17,13 @@ import torch
 from core import problems
 from core.catalogue import Catalogue, Entry
 from core.generation import Generation, Plan, Timing
-from core.settings import Settings, secrets
-from runners import denoise, loading, multimodal, weights
+from core.settings import Settings, beside_configuration, secrets
+from runners import denoise, loading, memory, multimodal, optimising, weights
+from runners.memory import Way
 from runners.queue import DeviceQueue, Job, Share, check_all
-from runners.residency import Residency
+from runners.residency import Residency, Resident, release_memory
+
+log = logging.getLogger("easel.device")
 
 
 class Device:
@@ -28,6 +33,9 @@ class Device:
         models = catalogue.models
         self.settings, self.catalogue = settings, catalogue
         self.torch_device = loading.device_for(models.device)
+        if missing := models.needs(torch.cuda.device_count() if self.torch_device.type == "cuda" else 0):
+            raise ValueError(f"The catalogue asks for what {self.torch_device} cannot do. {'. '.join(missing)}")
+        optimising.keep_compiled(beside_configuration(models.compile_cache))
         if models.cpu_threads:
             torch.set_num_threads(models.cpu_threads)
         self.residency = Residency(models, self.torch_device, lora_budget=settings.loras.memory_budget_bytes)
@@ -51,7 +59,12 @@ class Device:
             raise
 
     def submit(self, plan: Plan, path: Path) -> Future[Generation]:
-        """Queue a plan whose model's files are at `path`."""
+        """Queue a plan whose model's files are at `path`.
+
+        Raises:
+            Problem: 429 where the queue is full; 507 where it could not fit the memory even alone.
+        """
+        memory.choose(self._request([plan], path), self.residency.budget, self._may_offload)
         rows = multimodal.rows_of(plan) if self.catalogue.find(plan.model_id).traits.multimodal else len(plan.seeds)
         share: Share[Plan, Generation] = Share(
             plan.batch_key, plan, rows, self.catalogue.models.max_batch, lambda jobs, plans: self._run(jobs, plans, path)
@@ -69,29 +82,58 @@ class Device:
         plan = plans[0]
         entry = self.catalogue.find(plan.model_id)
         dtype, notes = self._dtype(entry, plan)
+        request = self._request(plans, path)
+        way = memory.choose(request, self.residency.budget, self._may_offload)
         started = time.perf_counter()
-        resident = self.residency.acquire(entry, path, dtype)
+        room = memory.needed(request, way) - memory.weights_at_rest(entry, path, dtype)
+        resident = self.residency.acquire(entry, path, dtype, room)
 
         def check() -> None:
             check_all(jobs)
 
-        check()
-        try:
+        def draw(way: Way) -> list[Generation]:
             loras = self.residency.adapt(resident, plan.loras)
             for timing in timings:
                 timing.load = 1000 * (time.perf_counter() - started)
-            plans = [p.model_copy(update={"notes": [*p.notes, *notes]}) for p in plans]
-            if entry.traits.multimodal:
-                return multimodal.run(resident, plans, check, self.catalogue.models.max_batch, timings)
-            return denoise.generate(resident, plans, loras, check, self.catalogue.models.max_batch, timings)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # a CPU's way to say it
-                raise
-            less = "fewer results or pictures at once" if entry.traits.multimodal else "a smaller size"
-            detail = f"{plan.width}x{plan.height} needs more memory than {self.torch_device} has free. Ask for {less}."
-            raise problems.problem(507, "out-of-memory", "Out of memory", detail) from None
+            with self._thrift(resident, way):
+                if entry.traits.multimodal:
+                    drawn = multimodal.run(resident, plans, check, way.rows, timings)
+                else:
+                    drawn = denoise.generate(resident, plans, loras, check, way.rows, timings)
+            for ran in (generation.ran for generation in drawn if generation.ran):
+                ran.degraded = way.told(request.rows)
+            return drawn
+
+        check()
+        plans = [p.model_copy(update={"notes": [*p.notes, *notes]}) for p in plans]
+        try:
+            for attempt in dict.fromkeys((way, memory.ways(request, self._may_offload)[-1])):
+                try:
+                    return draw(attempt)
+                except RuntimeError as error:
+                    if not _out_of_memory(error):
+                        raise
+                # Out here, since the error has held on to the tensors of the pass that failed.
+                log.warning("%dx%d with %s ran out of memory, %s", plan.width, plan.height, entry.id, attempt)
+                release_memory(self.torch_device)
+            raise memory.exhausted(request, self.torch_device, self.residency.budget, self._may_offload)
         finally:
             self.residency.touch(resident)
+
+    def _thrift(self, resident: Resident, way: Way) -> contextlib.AbstractContextManager[None]:
+        if not way.thrifty:
+            return contextlib.nullcontext()
+        return optimising.thrifty(resident.base, resident.entry.model.optimise, self.torch_device, way.offload)
+
+    @property
+    def _may_offload(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+    def _request(self, plans: list[Plan], path: Path) -> memory.Request:
+        """What plans that share batches need memory for."""
+        entry = self.catalogue.find(plans[0].model_id)
+        rows = sum(multimodal.rows_of(p) if entry.traits.multimodal else len(p.seeds) for p in plans)
+        return memory.Request.of(plans[0], entry, path, self._dtype(entry, plans[0])[0], min(rows, self.catalogue.models.max_batch))
 
     def _dtype(self, entry: Entry, plan: Plan) -> tuple[torch.dtype, list[str]]:
         """The precision to run in: as asked, by family on a GPU; no float16 on a CPU."""
@@ -101,3 +143,8 @@ class Device:
             notes = [f"a CPU has no fast {plan.torch_dtype}; ran in {chosen}"] if asked_otherwise else []
             return getattr(torch, chosen), notes
         return getattr(torch, plan.torch_dtype or entry.traits.gpu_dtype), []
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """torch's own error on a GPU; a CPU and Apple's GPUs say it in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "MPS backend out of memory" in str(error)

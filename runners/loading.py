@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from core.catalogue import Entry
 from core.problems import Problem, unavailable
 from core.settings import ROOT, Family
+from runners import optimising
 from runners.unidiffuser import Pipeline
 
 Kind = Literal["txt2img", "img2img"]
@@ -86,12 +87,13 @@ def fetch(entry: Entry, token: str | None) -> Path:
 
 
 def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
-    """Load the text-to-image pipeline from local files onto the device.
+    """Load the text-to-image pipeline from local files onto the device, optimised as its entry says.
 
     Raises:
         Problem: 503 where files are missing or broken, or memory does not suffice.
     """
     cls = CLASSES[entry.model.family]["txt2img"]
+    optimise = entry.model.optimise
     extra = {} if entry.model.family in ("sdxl", "flux", "unidiffuser") else _WITHOUT_CHECKER
     try:
         if path.is_file():
@@ -99,9 +101,9 @@ def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> 
             pipeline = cls.from_single_file(str(path), torch_dtype=dtype, config=config, local_files_only=bool(config), **extra)
         else:
             pipeline = cls.from_pretrained(
-                path, torch_dtype=dtype, use_safetensors=True, variant=entry.model.variant, local_files_only=True, **extra
+                path, torch_dtype=dtype, use_safetensors=True, variant=entry.model.variant, local_files_only=True, **extra, **optimising.loading_options(optimise)
             )
-        pipeline.to(device)
+        optimising.apply(pipeline, optimise, device)
     except Exception as error:
         raise explain(entry, error) from error
     pipeline.set_progress_bar_config(disable=True)

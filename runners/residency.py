@@ -21,22 +21,23 @@ import psutil
 import torch
 from diffusers import DiffusionPipeline
 
-from core import problems
 from core.catalogue import Entry
 from core.generation import AppliedLora, PlannedLora, ResidentModel
 from core.settings import Models
-from runners import loading, weights
+from runners import loading, memory, optimising, weights
 from runners.adapters import Adapters
 from runners.loading import Kind
 
 log = logging.getLogger("easel.residency")
+_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 Load = Callable[[Entry, Path, torch.dtype, torch.device], DiffusionPipeline]
 
 
 @dataclass
 class Resident:
     """A model in memory. Its pipelines share all components; `base` is the one that was loaded.
-    `scheduler` is the model's own, `sha256` its weights'."""
+    `scheduler` is the model's own, `sha256` its weights'. `weights_bytes` are on the device; where the
+    model is offloaded, `host_bytes` wait in CPU memory."""
 
     entry: Entry
     dtype: torch.dtype
@@ -44,6 +45,7 @@ class Resident:
     base: DiffusionPipeline
     adapters: Adapters
     weights_bytes: int
+    host_bytes: int
     used: float
     load_s: float
     sha256: str
@@ -80,13 +82,13 @@ class Residency:
 
     def __init__(self, settings: Models, device: torch.device, load: Load = loading.load, lora_budget: int = 2 * 1024**3) -> None:
         self.settings, self.device, self._load, self.lora_budget = settings, device, load, lora_budget
-        self.budget = settings.memory_budget_bytes or _device_memory(device) * 4 // 5
+        self.budget = settings.memory_budget_bytes or _device_memory(device, any(m.optimise.device_map for m in settings.catalogue)) * 4 // 5
         self._residents: dict[tuple[str, torch.dtype], Resident] = {}
         self._states: dict[str, tuple[str, str | None]] = {}
         self._lock = threading.Lock()
 
-    def acquire(self, entry: Entry, path: Path, dtype: torch.dtype) -> Resident:
-        """The model in memory, loaded now if it is not.
+    def acquire(self, entry: Entry, path: Path, dtype: torch.dtype, room: int = 0) -> Resident:
+        """The model in memory, loaded now if it is not, with `room` bytes beside it for what it computes.
 
         Raises:
             Problem: 503 where it cannot be loaded, or is larger than the whole budget.
@@ -94,10 +96,11 @@ class Residency:
         key = (entry.id, dtype)
         if resident := self._residents.get(key):
             resident.used = time.monotonic()
+            self._evict(room, keep=key)
             return resident
         self.note(entry.id, "loading")
         try:
-            resident = self._bring_in(entry, path, dtype)
+            resident = self._bring_in(entry, path, dtype, room)
         except Exception as error:
             problem = loading.explain(entry, error)
             self.note(entry.id, "failed", problem.details.detail)
@@ -106,24 +109,23 @@ class Residency:
         with self._lock:
             self._residents[key] = resident
             self._states.pop(entry.id, None)
-        self._evict(0, keep=key)
+        self._evict(room, keep=key)
         log.info("loaded %s as %s on %s: %.1f MiB in %.1f s", entry.id, dtype, self.device, resident.bytes / 2**20, resident.load_s)
         return resident
 
-    def _bring_in(self, entry: Entry, path: Path, dtype: torch.dtype) -> Resident:
-        estimate = weights.size_in_memory(path, entry.model.variant, dtype)
-        if estimate > self.budget:
-            raise problems.unavailable(
-                f"{entry.id} needs about {estimate >> 20} MiB; memory_budget_bytes allows {self.budget >> 20} MiB.",
-                slug="model-memory",
-            )
-        self._evict(estimate)
+    def _bring_in(self, entry: Entry, path: Path, dtype: torch.dtype, room: int) -> Resident:
+        at_rest = memory.weights_at_rest(entry, path, dtype)
+        if at_rest > self.budget:
+            raise memory.model_too_large(entry, at_rest, self.budget)
+        self._evict(at_rest + room)
         started, before = time.monotonic(), _allocated(self.device)
         base = self._load(entry, path, dtype, self.device)
-        measured = (_allocated(self.device) - before) if self.device.type == "cuda" else _tensor_bytes(base)
+        total = optimising.tensor_bytes(base)
+        measured = (_allocated(self.device) - before) if self.device.type == "cuda" else total
+        host = total if entry.model.optimise.offload != "none" else 0
         now = time.monotonic()
         adapters = Adapters(base, entry.id, self.lora_budget)
-        return Resident(entry, dtype, base.scheduler, base, adapters, measured, now, now - started, weights.sha256(path, entry.model.variant))
+        return Resident(entry, dtype, base.scheduler, base, adapters, measured, host, now, now - started, weights.sha256(path, entry.model.variant))
 
     def adapt(self, resident: Resident, loras: list[PlannedLora]) -> list[AppliedLora]:
         """Make exactly these LoRAs act on a model, and make room for them among the other models.
@@ -171,6 +173,7 @@ class Residency:
                 device=str(self.device),
                 torch_dtype=str(r.dtype).removeprefix("torch."),
                 resident_bytes=r.bytes,
+                host_bytes=r.host_bytes,
                 loras=r.adapters.snapshot(),
                 last_used_s_ago=round(now - r.used, 3),
                 unload_in_s=round(max(0.0, self._timeout(r.entry) - (now - r.used)), 3),
@@ -222,16 +225,14 @@ def _flags(pipeline: DiffusionPipeline) -> dict[str, bool]:
     return {"requires_safety_checker": False} if "safety_checker" in pipeline.components else {}
 
 
-def _device_memory(device: torch.device) -> int:
+def _device_memory(device: torch.device, spread: bool) -> int:
+    """Bytes of the device, or of all the worker's GPUs where models are spread over them."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
+        return sum(int(torch.cuda.get_device_properties(d).total_memory) for d in (range(torch.cuda.device_count()) if spread else [device]))
+    limits = [int(text) for file in _CONTAINER_LIMITS if file.is_file() and (text := file.read_text().strip()).isdigit()]
+    return min([int(psutil.virtual_memory().total), *limits])
 
 
 def _allocated(device: torch.device) -> int:
-    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
-
-
-def _tensor_bytes(pipeline: DiffusionPipeline) -> int:
-    modules = [c for c in pipeline.components.values() if isinstance(c, torch.nn.Module)]
-    return sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
+    """Bytes on all the GPUs of this process: only the device's thread allocates any."""
+    return sum(int(torch.cuda.memory_allocated(d)) for d in range(torch.cuda.device_count())) if device.type == "cuda" else 0

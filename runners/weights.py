@@ -14,8 +14,6 @@ import struct
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 _DENOISERS = ("unet", "transformer")
 _NOT_LOADED = ("safety_checker",)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -35,19 +33,24 @@ def files(path: Path, variant: str | None) -> list[Path]:
     return found
 
 
-def size_in_memory(path: Path, variant: str | None, dtype: torch.dtype) -> int:
-    """Bytes that the weights take once loaded as `dtype`, by the files' headers."""
-    return sum(_numbers(f) for f in files(path, variant)) * dtype.itemsize
+def numbers(path: Path, variant: str | None) -> dict[str, list[int]]:
+    """How many numbers each tensor holds, by the files' headers and by component ("" for a single file)."""
+    found: dict[str, list[int]] = {}
+    for file in files(path, variant):
+        blob = file.resolve()
+        found.setdefault(file.parent.name if path.is_dir() else "", []).extend(_numbers(blob, blob.stat().st_mtime_ns))
+    return found
 
 
-def _numbers(file: Path) -> int:
+@lru_cache(maxsize=256)
+def _numbers(file: Path, _modified: int) -> list[int]:
     try:
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
             header = json.loads(opened.read(length))
-        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        return [math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"]
     except (struct.error, ValueError, KeyError, OverflowError, MemoryError):  # broken: loading will say so
-        return 0
+        return []
 
 
 def sha256(path: Path, variant: str | None) -> str:

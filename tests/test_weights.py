@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from core.catalogue import Catalogue
 from core.problems import Problem
 from core.settings import Model, Models, Settings, UniDiffuser
-from runners import loading, weights
+from runners import loading, memory, weights
 from runners.residency import Residency
 
 
@@ -57,13 +57,13 @@ def test_shards_are_hashed_by_their_hashes_and_cached_blobs_by_their_name(tmp_pa
 
 
 def test_memory_is_counted_by_what_will_be_loaded(folder: Path, miniatures: dict[str, Path]) -> None:
-    assert weights.size_in_memory(folder, "fp16", torch.float16) == 2 * 300 * 2
-    assert weights.size_in_memory(folder, None, torch.float32) == 2 * 300 * 4
+    assert weights.numbers(folder, "fp16") == weights.numbers(folder, None) == {"unet": [300], "vae": [300]}
     for family, path in miniatures.items():
         model = Model(id="m", family=family, source=str(path))
         models = (UniDiffuser if family == "unidiffuser" else Models)(default="m", catalogue=[model])
-        resident = Residency(models, torch.device("cpu")).acquire(Catalogue(Settings(), models).find("m"), path, torch.float32)
-        assert weights.size_in_memory(path, None, torch.float32) == pytest.approx(resident.bytes, rel=0.05)
+        entry = Catalogue(Settings(), models).find("m")
+        resident = Residency(models, torch.device("cpu")).acquire(entry, path, torch.float32)
+        assert memory.weights_at_rest(entry, path, torch.float32) == pytest.approx(resident.bytes, rel=0.05)
 
 
 def test_a_folder_of_another_family_is_a_503_and_shown_as_failed(miniatures: dict[str, Path]) -> None:
