@@ -140,7 +140,7 @@ def _ran(
         scheduler=named.sampler,
         schedule=named.schedule,
         torch_dtype=str(resident.dtype).removeprefix("torch."),
-        device=str(resident.base.device),
+        device=str(resident.base._execution_device),
         num_inference_steps=plan.num_inference_steps,
         steps_run=steps_run,
         guidance_scale=plan.guidance_scale,

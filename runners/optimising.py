@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -72,7 +73,8 @@ def place(pipe: DiffusionPipeline, optimise: Optimise, device: torch.device) -> 
     if optimise.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif optimise.offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
+        for module in modules(pipe):
+            cpu_offload(module, device, offload_buffers=bool(module._parameters))
     elif optimise.offload == "group":
         # By leaf, not by block: VAEs are called by encode and decode, which block hooks do not see.
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda", low_cpu_mem_usage=True)
@@ -115,8 +117,11 @@ def tile(vae: nn.Module) -> int:
 
 def tensor_bytes(pipe: DiffusionPipeline) -> int:
     """Bytes of a pipeline's weights, wherever they are, quantised ones as they are stored."""
-    modules = [c for c in pipe.components.values() if isinstance(c, nn.Module)]
-    return sum(_bytes(t) for m in modules for t in (*m.parameters(), *m.buffers()))
+    return sum(_bytes(t) for m in modules(pipe) for t in (*m.parameters(), *m.buffers()))
+
+
+def modules(pipe: DiffusionPipeline) -> list[nn.Module]:
+    return [c for c in pipe.components.values() if isinstance(c, nn.Module)]
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -102,7 +102,7 @@ def embed(pipe: DiffusionPipeline, family: Family, plan: Plan) -> Embedded:
 def _for_sd(pipe: DiffusionPipeline, prompts: list[Fragments], clip_skip: int, new: list[Embedding]) -> Embedded:
     with taught(pipe.tokenizer, pipe.text_encoder, new, "text_encoder") as tokenizer:
         with _fewer_layers(pipe.text_encoder, clip_skip):
-            embeds = _weighted(tokenizer, pipe.text_encoder, prompts, ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED)
+            embeds = _weighted(tokenizer, pipe.text_encoder, prompts, ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED, pipe._execution_device)
         tokens = _count(tokenizer, prompts[0])
     arguments = {"prompt_embeds": embeds[:1], "negative_prompt_embeds": embeds[1:]}
     return Embedded(arguments, tokens, 0, [], [one.applied for one in new])
@@ -118,8 +118,8 @@ def _for_sdxl(pipe: DiffusionPipeline, prompts: list[Fragments], clip_skip: int,
         parts = []
         for words, encoder in ((tokenizer, pipe.text_encoder), (tokenizer_2, pipe.text_encoder_2)):
             with _fewer_layers(encoder, clip_skip):
-                parts.append(_weighted(words, encoder, prompts, kind))
-        pooled = EmbeddingsProvider(tokenizer_2, pipe.text_encoder_2).get_pooled_embeddings(texts)
+                parts.append(_weighted(words, encoder, prompts, kind, pipe._execution_device))
+        pooled = EmbeddingsProvider(tokenizer_2, _Placed(pipe.text_encoder_2, pipe._execution_device)).get_pooled_embeddings(texts)
         tokens = _count(tokenizer, prompts[0])
     embeds = torch.cat(parts, dim=-1)
     notes = ["the pooled text embedding holds the prompt's first 75 tokens; all tokens reach cross-attention"] if tokens > 75 else []
@@ -140,22 +140,36 @@ def _for_flux(pipe: DiffusionPipeline, plan: Plan) -> Embedded:
         notes.append("prompt weights are plain text to this model")
     if len(pipe.tokenizer(plan.prompt, truncation=False).input_ids) > pipe.tokenizer.model_max_length:
         notes.append("the CLIP embedding holds the prompt's first 75 tokens; T5 reads up to 512")
-    embeds, pooled, _ = pipe.encode_prompt(plan.prompt, None, device=pipe.device, max_sequence_length=limit)
+    embeds, pooled, _ = pipe.encode_prompt(plan.prompt, None, device=pipe._execution_device, max_sequence_length=limit)
     return Embedded({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, tokens, max(0, tokens - (limit - 1)), notes, [])
 
 
-def _weighted(tokenizer: Any, encoder: nn.Module, prompts: list[Fragments], kind: ReturnedEmbeddingsType) -> Tensor:
-    """Embeddings of all prompts, (N, 77 * windows, width), padded to one length with the empty prompt's."""
-    provider = EmbeddingsProvider(tokenizer, encoder, truncate=False, returned_embeddings_type=kind)
+def _weighted(tokenizer: Any, encoder: nn.Module, prompts: list[Fragments], kind: ReturnedEmbeddingsType, device: torch.device) -> Tensor:
+    """Embeddings of all prompts, (N, 77 * windows, width), padded to one length with the empty prompt's.
+    `device` is where the encoder runs: offloaded, it waits elsewhere."""
+    provider = EmbeddingsProvider(tokenizer, _Placed(encoder, device), truncate=False, returned_embeddings_type=kind)
     each = [
         provider.get_embeddings_for_weighted_prompt_fragments(
-            text_batch=[[t for t, _ in fragments]], fragment_weights_batch=[[w for _, w in fragments]], device=str(encoder.device)
+            text_batch=[[t for t, _ in fragments]], fragment_weights_batch=[[w for _, w in fragments]], device=str(device)
         )
         for fragments in prompts
     ]
     longest = max(e.shape[1] for e in each)
     empty = provider.empty_z.to(each[0].dtype).reshape(1, -1, each[0].shape[-1])
     return torch.cat([torch.cat([e, *[empty] * ((longest - e.shape[1]) // empty.shape[1])], dim=1) for e in each])
+
+
+class _Placed:
+    """A text encoder on the device where it runs; offloaded, its weights are elsewhere and `encoder.device` says so."""
+
+    def __init__(self, encoder: nn.Module, device: torch.device) -> None:
+        self._encoder, self.device = encoder, device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._encoder(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
 
 
 @contextlib.contextmanager
