@@ -10,7 +10,6 @@ from typing import Any
 
 import bentoml
 from bentoml._internal.resource import system_resources
-from pydantic import ValidationError
 from pydantic_settings import SettingsError
 from yaml import YAMLError
 
@@ -18,13 +17,34 @@ from api import app, gate, multimodal, typed
 from core import settings
 from core.auth import Keys, NoKeys
 from core.draining import Draining
-from core.settings import Queue
+from core.settings import Models, Queue
 from runners.diffusion import DiffusionRunner
+
+
+def gpu(setting: float | None) -> dict[str, float]:
+    """As configured; else one GPU for each runner, half of it where there is only one for both."""
+    there = len(system_resources()["nvidia.com/gpu"])
+    share = setting if setting is not None else min(1, there / 2)
+    return {"gpu": share} if share else {}
+
+
+def check_needs(models: Models, setting: float | None) -> None:
+    """Refuse optimisations that need what is not here before any process is started.
+
+    Raises:
+        ValueError: that names them.
+    """
+    on_gpu = models.device.startswith("cuda") if models.device else bool(gpu(setting))
+    if missing := models.needs(max(1, int(gpu(setting).get("gpu", 1))) if on_gpu else 0):
+        raise ValueError("Models cannot be optimised so here. " + ". ".join(missing))
+
 
 try:
     configured = settings.load()
     keys = Keys(configured, settings.secrets())
-except (NoKeys, FileNotFoundError, ValidationError, SettingsError, YAMLError) as error:
+    check_needs(configured.models, configured.stable_diffusion.gpu)
+    check_needs(configured.unidiffuser, configured.unidiffuser.gpu)
+except (NoKeys, FileNotFoundError, ValueError, SettingsError, YAMLError) as error:
     raise SystemExit(f"Easel cannot start. {error}") from None
 http = app.build(configured)
 draining = Draining(configured.server.grace_s, linger_s=1.0)
@@ -39,13 +59,6 @@ common: dict[str, Any] = {
 def traffic(*queues: Queue | None) -> dict[str, float]:
     """BentoML's own timeout leaves work running behind it; ours (deadline_s) ends it, and comes first."""
     return {"timeout": max(q.deadline_s for q in (*queues, configured.queue) if q) + 60}
-
-
-def gpu(setting: float | None) -> dict[str, float]:
-    """As configured; else one GPU for each runner, half of it where there is only one for both."""
-    there = len(system_resources()["nvidia.com/gpu"])
-    share = setting if setting is not None else min(1, there / 2)
-    return {"gpu": share} if share else {}
 
 
 @bentoml.service(name="StableDiffusion", resources=gpu(configured.stable_diffusion.gpu), traffic=traffic(), **common)

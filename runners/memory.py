@@ -108,7 +108,7 @@ def weights_in_use(request: Request, way: Way) -> int:
     optimise = request.entry.model.optimise
     sizes = _component_bytes(request.entry, request.path, request.dtype)
     if optimise.by_layer:  # the one in use and the one on its way
-        return max((2 * largest for _, largest in sizes), default=0)
+        return max((min(2 * largest, total) for total, largest in sizes), default=0)
     each = [total for total, _ in sizes]
     return max(each, default=0) if way.offload or optimise.offload == "model" else sum(each)
 

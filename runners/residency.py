@@ -66,8 +66,8 @@ class Resident:
 
     @property
     def bytes(self) -> int:
-        """Of the model and the LoRAs beside it."""
-        return self.weights_bytes + self.adapters.bytes
+        """On the device, of the model and the LoRAs beside it; those wait where the model waits."""
+        return self.weights_bytes + (0 if self.host_bytes else self.adapters.bytes)
 
 
 class Residency:
@@ -173,7 +173,7 @@ class Residency:
                 device=str(self.device),
                 torch_dtype=str(r.dtype).removeprefix("torch."),
                 resident_bytes=r.bytes,
-                host_bytes=r.host_bytes,
+                host_bytes=r.host_bytes and r.host_bytes + r.adapters.bytes,
                 loras=r.adapters.snapshot(),
                 last_used_s_ago=round(now - r.used, 3),
                 unload_in_s=round(max(0.0, self._timeout(r.entry) - (now - r.used)), 3),
