@@ -202,9 +202,8 @@ class Catalogue:
                 refuse(name, f"does not fit {entry.id}", sizes, value)
         scheduler = schedulers.find(request.scheduler, traits.flow, image is not None, traits.multimodal).name if request.scheduler else None
         worded = self.writer.write(request, entry.model.family, errors, notes)
-        if (worded.loras or worded.embeddings) and entry.model.optimise.by_layer:
-            allowed = "no LoRA and no embedding, or another model"
-            refuse("lora" if worded.loras else "prompt", f"{entry.id} is offloaded layer by layer (offload: {entry.model.optimise.offload}), to which none can be added", allowed, request.lora or request.prompt)
+        if worded.loras and entry.model.optimise.by_layer:
+            refuse("lora", f"{entry.id} is offloaded layer by layer (offload: {entry.model.optimise.offload}), to which a LoRA cannot be added", "no LoRA, or another model", request.lora or request.prompt)
         if request.commercial:
             allowing = {f"{entry.id} ({entry.model.licence})": entry.model.commercial_use} 
             allowing |= {f"the LoRA {x.name}": x.commercial_use for x in worded.loras} | {f"the embedding {x.name}": x.commercial_use for x in worded.embeddings}

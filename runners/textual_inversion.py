@@ -137,7 +137,7 @@ def taught(tokenizer: Any, encoder: nn.Module, embeddings: list[Embedding], comp
         return
     table = encoder.get_input_embeddings()
     first = table.num_embeddings
-    vectors = torch.cat([e.tensors[component] for e in embeddings]).to(table.weight.device, table.weight.dtype)
+    vectors = torch.cat([e.tensors[component] for e in embeddings]).to(table.weight.dtype)
     asked: list[Tensor] = []
 
     def hide(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -151,7 +151,7 @@ def taught(tokenizer: Any, encoder: nn.Module, embeddings: list[Embedding], comp
         ids = asked[0].to(output.device)
         new = ids >= first
         output = output.clone()
-        output[new] = vectors[ids[new] - first]
+        output[new] = vectors.to(output.device)[ids[new] - first]  # where the encoder runs, not where an offloaded one waits
         return output
 
     hooks = [encoder.register_forward_pre_hook(hide, with_kwargs=True), table.register_forward_hook(put)]

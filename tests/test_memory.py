@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,15 +181,17 @@ def test_each_way_to_run_needs_less_than_the_one_before(tmp_path: Path) -> None:
 
 
 def test_weights_are_counted_where_they_are_while_they_are_used(miniatures: dict[str, Path]) -> None:
-    wanted = replace(request("flux", miniatures["flux"]), path=miniatures["flux"])
-    usual = memory.weights_in_use(wanted, Way(1))
-    assert memory.weights_at_rest(wanted.entry, wanted.path, wanted.dtype) == usual
-    found = [memory.weights_in_use(replace(wanted, entry=request("flux", miniatures["flux"], offload=o).entry), Way(1)) for o in ("model", "group")]
-    assert usual > found[0] > found[1] > 0
-    assert memory.weights_in_use(wanted, Way(1, True, offload=True)) == found[0]
-    small = replace(wanted, entry=request("flux", miniatures["flux"], quantisation="int8").entry)
-    assert usual / 2 < memory.weights_in_use(small, Way(1)) < usual
-    assert not any(way.offload for way in memory.ways(replace(wanted, entry=request("flux", miniatures["flux"], offload="model").entry), True))
+    def at(family: str, way: Way | None = None, **optimise: object) -> int:
+        return memory.weights_in_use(request(family, miniatures[family], **optimise), way or Way(1))
+
+    wanted = request("sdxl", miniatures["sdxl"])
+    assert memory.weights_at_rest(wanted.entry, wanted.path, wanted.dtype) == at("sdxl")
+    assert at("sdxl") > at("sdxl", offload="model") > at("sdxl", offload="group") > 0
+    assert at("sdxl", Way(1, thrifty=True, offload=True)) == at("sdxl", offload="model")
+    assert at("flux") / 2 < at("flux", quantisation="int8") < at("flux")
+    offloaded = request("sdxl", miniatures["sdxl"], offload="model")
+    assert memory.weights_at_rest(offloaded.entry, offloaded.path, offloaded.dtype) == 0
+    assert not any(way.offload for way in memory.ways(offloaded, may_offload=True))
 
 
 @pytest.mark.parametrize("family", ["starter", "sd15"])

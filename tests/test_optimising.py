@@ -134,22 +134,17 @@ def test_a_quantised_flux_is_smaller_and_takes_loras(plain: dict[str, Pixels], m
         assert levels(draw(device), plain["flux"]) <= 4
 
 
-def test_compiled_blocks_are_kept_on_disk_and_draw_any_size_with_loras(miniatures: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_draw_the_same_and_are_kept_on_disk(plain: dict[str, Pixels], miniatures: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")  # undone after the test
         monkeypatch.delenv(name)
+    monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", False)  # they pay from the second kernel on
     (tmp_path / "configuration.yaml").write_text((ROOT / "configuration.yaml").read_text())
     monkeypatch.setenv("EASEL_CONFIGURATION", str(tmp_path / "configuration.yaml"))
-    with optimised(miniatures, "sd15") as device:
-        lora = lora_files.write(tmp_path / "l.safetensors", lora_files.diffusers_layout(lora_files.matrices(resident(device).base, encoders=False)))
-        expected = [draw(device), draw(device, width=256), draw(device, lora)]
     torch._dynamo.reset()
     with optimised(miniatures, "sd15", compile=True) as device:
-        drawn = [draw(device), draw(device, width=256)]
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
-        drawn.append(draw(device, lora))
-    assert max(levels(a, b) for a, b in zip(drawn, expected, strict=True)) <= 1
-    assert any((tmp_path / "compile_cache/inductor").rglob("*"))
+        assert levels(draw(device), plain["sd15"]) <= 1
+    assert list((tmp_path / "compile_cache/inductor").rglob("*.so"))
 
 
 @pytest.mark.parametrize(
