@@ -52,7 +52,7 @@ def plan(device: Device, lora: Path | None = None, **values: object) -> Plan:
 
 
 def draw(device: Device, lora: Path | None = None, **values: object) -> Pixels:
-    return device.submit(plan(device, lora, **values), device.fetch(device.catalogue.find(None))).result(120).pictures[0]
+    return device.submit(plan(device, lora, **values), device.fetch(device.catalogue.find(None))).result(280).pictures[0]
 
 
 def resident(device: Device) -> Resident:
