@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from core import images
 from core.generation import GenerationRequest, Inputs
+from core.inpainting import SIDES
 from core.problems import from_validation, invalid_field, nearest, problem
 from core.settings import Limits
 
@@ -25,7 +26,7 @@ _BODIES = "multipart/form-data, application/x-www-form-urlencoded, application/j
 
 
 # The form parts of a request for pictures, and how many of each.
-PARTS = {"image": 1}
+PARTS = {"image": 1, "mask": 1}
 
 
 async def read(request: Request, limits: Limits, parts: dict[str, int] = PARTS) -> tuple[GenerationRequest, Inputs]:
@@ -35,8 +36,36 @@ async def read(request: Request, limits: Limits, parts: dict[str, int] = PARTS) 
         Problem: 400 for a body that cannot be read, 413, 415, or 422 naming each wrong field.
     """
     parsed, uploads = await read_as(GenerationRequest, request, parts)
-    image = uploads.get("image")
-    return parsed, Inputs(image=await asyncio.to_thread(images.decode, image[0], limits) if image else None)
+    return parsed, await asyncio.to_thread(pictures, uploads, limits)
+
+
+def pictures(uploads: dict[str, list[bytes]], limits: Limits) -> Inputs:
+    """The uploads of a request for pictures, by the names of their parts, decoded.
+
+    Raises:
+        Problem: 413, 415 or 422 as core.images says.
+    """
+    image, mask = (files[0] if (files := uploads.get(name)) else None for name in ("image", "mask"))
+    return Inputs(
+        image=images.decode(image, limits) if image is not None else None,
+        mask=images.decode_mask(mask, limits) if mask is not None else None,
+    )
+
+
+def painted(wanted: GenerationRequest, uploads: dict[str, list[bytes]], limits: Limits) -> Inputs:
+    """As `pictures`, for inpainting: without a mask and sides to grow, what is transparent in the image is repainted.
+
+    Raises:
+        Problem: as `pictures`; 422 where there is nothing to repaint.
+    """
+    inputs = pictures(uploads, limits)
+    if inputs.image is None:
+        raise invalid_field("image", "is missing", "a multipart file part")
+    if inputs.mask is None and not any(getattr(wanted, side) for side in SIDES):
+        inputs = inputs.model_copy(update={"mask": images.transparency(uploads["image"][0], limits)})
+        if inputs.mask is None:
+            raise invalid_field("mask", "is missing, and nothing of image is transparent", "a multipart file part, or outpaint_*")
+    return inputs
 
 
 async def read_as(kind: type[Checked], request: Request, parts: dict[str, int]) -> tuple[Checked, dict[str, list[bytes]]]:

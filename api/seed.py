@@ -25,7 +25,7 @@ def documented(model: type[BaseModel], image: dict[str, Any] | None) -> dict[str
     ]
     if image is None:
         return {"parameters": parameters}
-    form = {"type": "object", "properties": {"image": image}}
+    form = {"type": "object", "properties": {"image": image, "mask": image} if model is GenerationRequest else {"image": image}}
     return {"parameters": parameters, "requestBody": {"required": False, "content": {"multipart/form-data": {"schema": form}}}}
 
 
@@ -42,7 +42,7 @@ PICTURES: dict[int | str, dict[str, Any]] = {
 
 @router.post("/post_config", response_class=Response, responses=PICTURES, openapi_extra=documented(GenerationRequest, {"type": "string", "format": "binary"}))
 async def post_config(request: Request) -> Response:
-    """Draw pictures from a prompt, and from an input image where one is sent."""
+    """Draw pictures from a prompt, and from an input image where one is sent, of which `mask` says what to repaint."""
     settings: Settings = request.app.state.settings
     catalogue: Catalogue = request.app.state.catalogue
     wanted, inputs = await reading.read(request, settings.limits)

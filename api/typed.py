@@ -26,12 +26,12 @@ from core.problems import invalid_field
 router = APIRouter(tags=["typed"])
 
 
-def _body(image: bool) -> dict[str, Any]:
+def _body(*parts: str) -> dict[str, Any]:
     """The request body for the OpenAPI document."""
     schema = GenerationRequest.model_json_schema()
-    if not image:
+    if not parts:
         return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-    schema["properties"]["image"] = {"type": "string", "format": "binary"}
+    schema["properties"] |= {part: {"type": "string", "format": "binary"} for part in parts}
     schema["required"] = [*schema["required"], "image"]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
@@ -40,6 +40,12 @@ class Img2ImgInput(GenerationRequest):
     """A GenerationRequest with its input picture."""
 
     image: Annotated[Path, bentoml.validators.ContentType("image/*")]
+
+
+class InpaintInput(Img2ImgInput):
+    """A GenerationRequest with its input picture and mask."""
+
+    mask: Annotated[Path | None, bentoml.validators.ContentType("image/*")] = None
 
 
 class TypedApis:
@@ -55,6 +61,13 @@ class TypedApis:
     async def img2img(self, image: Path, **values: Any) -> GenerationResponse:
         """Draw pictures from a prompt and an input picture."""
         return await _draw(reading.parse(values), Inputs(image=images.decode(image.read_bytes(), settings.load().limits)))
+
+    @bentoml.api(input_spec=InpaintInput)  # type: ignore[untyped-decorator]
+    async def inpaint(self, image: Path, mask: Path | None = None, **values: Any) -> GenerationResponse:
+        """Repaint what is white in `mask`, or draw beyond the picture's sides (outpaint_*)."""
+        wanted = reading.parse(values)
+        uploads = {"image": [image.read_bytes()]} | ({"mask": [mask.read_bytes()]} if mask else {})
+        return await _draw(wanted, reading.painted(wanted, uploads, settings.load().limits))
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop_adding(self) -> None:
@@ -77,19 +90,28 @@ class TypedApis:
         return await asyncio.to_thread(keeping.listing, loras.installer().registry)
 
 
-@router.post("/txt2img", openapi_extra=_body(image=False))
+@router.post("/txt2img", openapi_extra=_body())
 async def txt2img(request: Request) -> GenerationResponse:
     """Draw pictures from a prompt; the answer is JSON with base64 pictures."""
     wanted, _ = await reading.read(request, request.app.state.settings.limits, parts={})
     return await _draw(wanted, None, request)
 
 
-@router.post("/img2img", openapi_extra=_body(image=True))
+@router.post("/img2img", openapi_extra=_body("image"))
 async def img2img(request: Request) -> GenerationResponse:
     """Draw pictures from a prompt and an input picture; the answer is JSON with base64 pictures."""
     wanted, inputs = await reading.read(request, request.app.state.settings.limits)
     if inputs.image is None:
         raise invalid_field("image", "is missing", "a multipart file part")
+    return await _draw(wanted, inputs, request)
+
+
+@router.post("/inpaint", openapi_extra=_body("image", "mask"))
+async def inpaint(request: Request) -> GenerationResponse:
+    """Repaint what is white in `mask` (without one, what is transparent in `image`), or draw beyond the
+    picture's sides (outpaint_*); the answer is JSON with base64 pictures."""
+    wanted, uploads = await reading.read_as(GenerationRequest, request, reading.PARTS)
+    inputs = await asyncio.to_thread(reading.painted, wanted, uploads, request.app.state.settings.limits)
     return await _draw(wanted, inputs, request)
 
 

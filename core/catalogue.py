@@ -13,7 +13,7 @@ import uuid
 from dataclasses import dataclass
 from typing import get_args
 
-from core import schedulers
+from core import inpainting, schedulers
 from core.generation import GenerationRequest, Inputs, Pixels, Plan, Task
 from core.loras import Lora, Registry, rights
 from core.loras.registry import Kind
@@ -94,7 +94,7 @@ class Entry:
         return {
             "model_id": self.id,
             "family": self.model.family,
-            "modes": list(get_args(Task)) if t.multimodal else ["txt2img", "img2img"],
+            "modes": list(get_args(Task)) if t.multimodal else ["inpaint"] if self.model.inpainting else ["txt2img", "img2img", "inpaint"],
             "size": {"default": self.size, "min": self.min_size, "max": self.max_size, "multiple_of": t.multiple},
             "num_inference_steps": {"default": self.steps, "min": 1, "max": limits.num_inference_steps},
             "guidance_scale": {"default": self.guidance, "min": 0, "max": 30},
@@ -141,7 +141,7 @@ class Catalogue:
         if not _HUB_ID.fullmatch(name):
             raise invalid_field("model_id", f"{name!r} is neither listed nor a hub id like 'owner/name'", list(self.entries), name)
         family: Family = "unidiffuser" if isinstance(self.models, UniDiffuser) else _guess_family(name)
-        return Entry(Model(id=name, family=family), FAMILIES[family], listed=False)
+        return Entry(Model(id=name, family=family, inpainting="inpaint" in name.lower()), FAMILIES[family], listed=False)
 
     def family_of(self, lora: Lora) -> Family:
         """The family that a LoRA was made for: its own word, its base model's, or a guess by the name."""
@@ -195,7 +195,8 @@ class Catalogue:
                 refuse("strength", f"{strength:g} of {steps} steps leaves none to run", f"at least {1 / steps:.3g}, or more steps", strength)
         elif request.strength is not None:
             refuse("strength", "only has a meaning with an input image", "leave it out, or send image", request.strength)
-        width, height = self._size(entry, request, image)
+        inpaint = inpainting.plan(request, inputs, entry, limits, lambda size: self._shaped(entry, *size), refuse, notes)
+        width, height = inpaint[1] if inpaint else self._size(entry, request, image)
         for name, value in (("width", width), ("height", height)):
             if value % traits.multiple or not entry.min_size <= value <= entry.max_size:
                 sizes = str(entry.size) if traits.multimodal else f"{entry.min_size} to {entry.max_size}, a multiple of {traits.multiple}"
@@ -215,7 +216,7 @@ class Catalogue:
         guidance = entry.guidance if request.guidance_scale is None else request.guidance_scale
         if request.negative_prompt and guidance <= 1:
             notes.append("negative_prompt has no effect at a guidance_scale of 1 or less")
-        if image is not None and request.width is None and request.height is None and (width, height) != (image.width, image.height):
+        if image is not None and not inpaint and request.width is None and request.height is None and (width, height) != (image.width, image.height):
             notes.append(f"the input image was resized from {image.width}x{image.height} to {width}x{height}")
         first = request.seed if request.seed is not None and request.seed >= 0 else _SEEDS.randrange(2**32)
         return Plan(
@@ -237,6 +238,8 @@ class Catalogue:
             embeddings=worded.embeddings,
             commercial=request.commercial,
             image=image,
+            mask=inputs.mask if inputs else None,
+            inpainting=inpaint[0] if inpaint else None,
             deadline_s=min(request.deadline_s or self.queue.deadline_s, self.queue.deadline_s),
             notes=notes,
         )
@@ -248,8 +251,12 @@ class Catalogue:
         """Width and height: as asked; else the input image's shape at the model's usual area."""
         if image is None or request.width is not None or request.height is not None:
             return request.width or entry.size, request.height or entry.size
+        return self._shaped(entry, image.width, image.height)
+
+    def _shaped(self, entry: Entry, width: int, height: int) -> tuple[int, int]:
+        """The size that has a picture's shape and the model's usual area."""
         step = entry.traits.multiple
-        shape = math.sqrt(image.width / image.height)
+        shape = math.sqrt(width / height)
 
         def side(length: float) -> int:
             rounded = max(round(length / step), math.ceil(entry.traits.min_size / step)) * step

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from core.inpainting import Inpainting, InpaintingFields
 from core.problems import ProblemDetails
 from core.settings import Dtype
 
@@ -64,12 +65,12 @@ class Sampling(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def numbers_are_no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name != "commercial":
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("must not be true or false")
         return value
 
 
-class GenerationRequest(Sampling):
+class GenerationRequest(InpaintingFields, Sampling):
     """A request for pictures."""
 
     prompt: Text = Field(min_length=1, description="What to draw. `(words:1.3)` weighs words as in A1111.")
@@ -77,7 +78,7 @@ class GenerationRequest(Sampling):
     guidance_scale: float | None = Field(None, ge=0, le=30, allow_inf_nan=False, description="Classifier-free guidance.")
     width: int | None = Field(None, ge=8, le=16384, description="Pixels.")
     height: int | None = Field(None, ge=8, le=16384, description="Pixels.")
-    strength: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="img2img: 0 keeps, 1 redraws. Default 0.75.")
+    strength: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="With an image: 0 keeps, 1 redraws. Default 0.75.")
     clip_skip: int = Field(0, ge=0, le=11, description="Last text-encoder layers to skip (A1111's number less one).")
     lora: str | None = Field(None, max_length=2000, description="LoRAs by name, with weights: `a:0.6,b:0.4`. In the prompt: `<lora:a:0.6>`.")
     lora_scale: float | None = Field(None, ge=-10, le=10, allow_inf_nan=False, description="Weight of those in `lora` that have none of their own; 1 if left out.")
@@ -101,6 +102,7 @@ class Inputs(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     image: Pixels | None = None
+    mask: Pixels | None = None
 
 
 class PlannedLora(BaseModel):
@@ -148,6 +150,8 @@ class Plan(BaseModel):
     embeddings: list[PlannedEmbedding] = []
     commercial: bool = False
     image: Pixels | None
+    mask: Pixels | None = None
+    inpainting: Inpainting | None = None
     deadline_s: float
     notes: list[str]
     task: Task = "generate"
@@ -157,8 +161,8 @@ class Plan(BaseModel):
     @property
     def batch_key(self) -> str:
         """Plans with equal keys can share a batch: all but prompts, seeds and input pictures is alike."""
-        own = {"id", "client", "prompt", "negative_prompt", "embeddings", "seeds", "commercial", "image", "images", "deadline_s", "notes"}
-        return f"{self.image is None} {self.model_dump_json(exclude=own)}"
+        own = {"id", "client", "prompt", "negative_prompt", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "deadline_s", "notes"}
+        return f"{self.image is None} {self.inpainting is None} {self.model_dump_json(exclude=own)}"
 
 
 class Timing(BaseModel):
@@ -215,6 +219,7 @@ class Ran(BaseModel):
     loras: list[AppliedLora] = []
     embeddings: list[AppliedEmbedding] = []
     strength: float | None
+    inpainting: Inpainting | None = None
     prompt: str
     negative_prompt: str
     prompt_tokens: int

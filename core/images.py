@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
@@ -16,6 +18,7 @@ from core.generation import ImageFormat, Pixels
 from core.problems import Problem, invalid_field, problem
 from core.settings import Limits
 
+T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MEDIA_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
@@ -26,6 +29,52 @@ Image.MAX_IMAGE_PIXELS = None
 def decode(data: bytes, limits: Limits, field: str = "image") -> Pixels:
     """Turn an upload into RGB: first frame, EXIF orientation applied, alpha laid on white, ICC to
     sRGB, 16 bits to 8.
+
+    Raises:
+        Problem: as `_decoded`.
+    """
+    return _decoded(data, limits, field, lambda opened: _pixels(_rgb(opened)))
+
+
+def decode_mask(data: bytes, limits: Limits) -> Pixels:
+    """As `decode`, for a mask, which must have no transparent pixels: some programs repaint those, and others keep them.
+
+    Raises:
+        Problem: as `_decoded`; 422 for transparent pixels.
+    """
+
+    def opaque(opened: Image.Image) -> Pixels:
+        if _transparency(opened) is not None:
+            raise invalid_field("mask", "has transparent pixels, which mean different things to different programs", "white where to repaint, black where to keep, no transparency")
+        return _pixels(_rgb(opened))
+
+    return _decoded(data, limits, "mask", opaque)
+
+
+def transparency(data: bytes, limits: Limits) -> Pixels | None:
+    """What of a picture is transparent, as a mask: white for transparent, black for opaque; None where nothing is.
+
+    Raises:
+        Problem: as `_decoded`.
+    """
+
+    def inverted(opened: Image.Image) -> Pixels | None:
+        alpha = _transparency(ImageOps.exif_transpose(opened))
+        return None if alpha is None else _pixels(ImageOps.invert(alpha).convert("RGB"))
+
+    return _decoded(data, limits, "image", inverted)
+
+
+def _transparency(image: Image.Image) -> Image.Image | None:
+    """The alpha channel, where it is not opaque all over."""
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def _decoded(data: bytes, limits: Limits, field: str, convert: Callable[[Image.Image], T]) -> T:
+    """Open and load an upload within the limits, and convert it.
 
     Raises:
         Problem: 413 for too many bytes or pixels, 415 for what is no picture of a known format,
@@ -50,7 +99,7 @@ def decode(data: bytes, limits: Limits, field: str = "image") -> Pixels:
                 if max(width, height) > 100 * min(width, height):
                     raise invalid_field(field, "is too narrow", "sides within 1:100", f"{width}x{height}")
                 opened.load()
-                return _pixels(_rgb(opened))
+                return convert(opened)
     except Problem:
         raise
     except UnidentifiedImageError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 from core.generation import Generation, Ran
+from core.inpainting import SIDES, Inpainting
 
 
 def _quote(value: object) -> str:
@@ -33,6 +34,7 @@ def parameters(ran: Ran, seed: int) -> str:
         "Model": ran.model_id,
         "Clip skip": ran.clip_skip + 1 if ran.clip_skip else None,
         "Denoising strength": None if ran.strength is None else f"{ran.strength:g}",
+        **(_inpainting(ran.inpainting) if ran.inpainting else {}),
         "Lora hashes": hashes or None,
         "TI hashes": ", ".join(f"{x.name}: {x.sha256[:12]}" for x in ran.embeddings) or None,
         "Version": f"easel {ran.libraries['easel']}",
@@ -42,6 +44,19 @@ def parameters(ran: Ran, seed: int) -> str:
         lines.append(f"Negative prompt: {ran.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quote(value)}" for key, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def _inpainting(inpainting: Inpainting) -> dict[str, object]:
+    """A1111's names for what was repainted; it writes none for sides that were grown."""
+    sides = {name.replace("_", " ").capitalize(): pixels for name, pixels in zip(SIDES, inpainting.sides, strict=True) if pixels}
+    return {
+        "Mask blur": inpainting.mask_blur or None,
+        "Mask mode": "Inpaint not masked" if inpainting.invert else None,
+        "Masked content": None if inpainting.fill == "original" else inpainting.fill,
+        "Inpaint area": "Only masked" if inpainting.full_res else None,
+        "Masked area padding": inpainting.padding,
+        **sides,
+    }
 
 
 def record(ran: Ran, seed: int) -> dict[str, object]:

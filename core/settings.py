@@ -78,6 +78,7 @@ class Model(Section):
     guidance_scale: Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)] | None = None
     size: Count | None = None
     max_size: Count | None = None
+    inpainting: bool = False
     prompt_tokens: Count | None = None
     licence: str = "unknown"
     commercial_use: bool = False

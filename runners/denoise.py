@@ -17,6 +17,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -36,7 +37,9 @@ from core.images import to_pil
 from core.problems import Problem, invalid_field, problem
 from core.schedulers import Scheduler
 from core.settings import Family
-from runners import prompts
+from runners import inpainting, prompts
+from runners.inpainting import Painting
+from runners.loading import Kind
 from runners.prompts import Embedded
 from runners.residency import Resident
 
@@ -61,7 +64,7 @@ def generate(
         Problem: what `check` raises.
     """
     family = resident.entry.model.family
-    pipe = resident.pipeline("txt2img" if plans[0].image is None else "img2img")
+    pipe = resident.pipeline(_kind(plans[0]))
     # 1. A scheduler of this batch's own: schedulers keep state, and sharing one mixes requests up.
     pipe.scheduler, named = make_scheduler(resident, plans[0].scheduler)
     # 2. Each prompt to embeddings, once for all its pictures.
@@ -88,16 +91,17 @@ def generate(
     for batch in _batches(plans, embedded, max_batch):
         check()
         steps_run = 0
+        generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]
         arrays = pipe(
             **_stacked([embedded[i].arguments for i, _ in batch]),
-            **_arguments(plans[0], [inputs[i] for i, _ in batch], family),
-            generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
+            **_arguments(pipe, plans[0], [inputs[i] for i, _ in batch], generators, family),
+            generator=generators,
             output_type="np",
             callback_on_step_end=after_step,
         ).images
         for (i, _), array in zip(batch, arrays, strict=True):
             try:
-                pictures[i].append(to_pixels(array))
+                pictures[i].append(_finished(inputs[i], to_pixels(array)))
             except Problem as problem:
                 failed[i] = problem
         decoded = time.perf_counter()
@@ -150,6 +154,7 @@ def _ran(
         loras=loras,
         embeddings=embedded.used,
         strength=plan.strength,
+        inpainting=plan.inpainting,
         prompt=plan.prompt,
         negative_prompt=plan.negative_prompt,
         prompt_tokens=embedded.tokens,
@@ -174,16 +179,31 @@ def _told(planned: Sequence[PlannedLora | PlannedEmbedding], applied: Sequence[A
     return notes
 
 
-def _input(plan: Plan) -> Image.Image | None:
+def _kind(plan: Plan) -> Kind:
+    """Which of the model's pipelines does a plan."""
+    return "txt2img" if plan.image is None else "inpaint" if plan.inpainting else "img2img"
+
+
+def _input(plan: Plan) -> Image.Image | Painting | None:
+    if plan.inpainting:
+        return inpainting.prepare(plan)
     return None if plan.image is None else to_pil(plan.image).resize((plan.width, plan.height), Image.Resampling.LANCZOS)
 
 
-def _arguments(plan: Plan, inputs: list[Image.Image | None], family: Family) -> dict[str, Any]:
+def _finished(given: Image.Image | Painting | None, drawn: Pixels) -> Pixels:
+    return inpainting.finish(given, drawn) if isinstance(given, Painting) else drawn
+
+
+def _arguments(
+    pipe: DiffusionPipeline, plan: Plan, inputs: list[Image.Image | Painting | None], generators: list[torch.Generator], family: Family
+) -> dict[str, Any]:
     """The pipeline's arguments that the batch has in common, and its input pictures."""
     common: dict[str, Any] = {"num_inference_steps": plan.num_inference_steps, "guidance_scale": plan.guidance_scale}
     size = {"width": plan.width, "height": plan.height}
     if plan.image is None:
         return common | size
+    if plan.inpainting:
+        return common | {"strength": plan.strength} | inpainting.arguments(pipe, [p for p in inputs if isinstance(p, Painting)], generators)
     return common | (size if family == "flux" else {}) | {"image": inputs, "strength": plan.strength}  # the others take the picture's size
 
 

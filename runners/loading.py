@@ -17,10 +17,13 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
     FluxPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.utils import logging
@@ -33,15 +36,19 @@ from core.settings import ROOT, Family
 from runners import optimising
 from runners.unidiffuser import Pipeline
 
-Kind = Literal["txt2img", "img2img"]
+Kind = Literal["txt2img", "img2img", "inpaint"]
 # A family's pipelines by what they do; UniDiffuser has one for everything. The first is the one that is loaded.
-_SD: dict[Kind, type[DiffusionPipeline]] = {"txt2img": StableDiffusionPipeline, "img2img": StableDiffusionImg2ImgPipeline}
+_SD: dict[Kind, type[DiffusionPipeline]] = {
+    "txt2img": StableDiffusionPipeline,
+    "img2img": StableDiffusionImg2ImgPipeline,
+    "inpaint": StableDiffusionInpaintPipeline,
+}
 CLASSES: dict[Family, dict[Kind, type[DiffusionPipeline]]] = {
     "starter": _SD,
     "sd15": _SD,
     "sd2": _SD,
-    "sdxl": {"txt2img": StableDiffusionXLPipeline, "img2img": StableDiffusionXLImg2ImgPipeline},
-    "flux": {"txt2img": FluxPipeline, "img2img": FluxImg2ImgPipeline},
+    "sdxl": {"txt2img": StableDiffusionXLPipeline, "img2img": StableDiffusionXLImg2ImgPipeline, "inpaint": StableDiffusionXLInpaintPipeline},
+    "flux": {"txt2img": FluxPipeline, "img2img": FluxImg2ImgPipeline, "inpaint": FluxInpaintPipeline},
     "unidiffuser": {"txt2img": Pipeline},
 }
 # A server's log is no terminal: no progress bars, and errors alone from the libraries.
@@ -92,7 +99,7 @@ def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> 
     Raises:
         Problem: 503 where files are missing or broken, or memory does not suffice.
     """
-    cls = CLASSES[entry.model.family]["txt2img"]
+    cls = CLASSES[entry.model.family]["inpaint" if entry.model.inpainting else "txt2img"]
     optimise = entry.model.optimise
     extra = {} if entry.model.family in ("sdxl", "flux", "unidiffuser") else _WITHOUT_CHECKER
     try:
@@ -103,11 +110,26 @@ def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> 
             pipeline = cls.from_pretrained(
                 path, torch_dtype=dtype, use_safetensors=True, variant=entry.model.variant, local_files_only=True, **extra, **optimising.loading_options(optimise)
             )
+        _check_channels(entry, pipeline)
         optimising.apply(pipeline, optimise, device)
     except Exception as error:
         raise explain(entry, error) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _check_channels(entry: Entry, pipeline: DiffusionPipeline) -> None:
+    """Inpainting models look at the mask too: in five channels more, or (Flux Fill) in many."""
+    if entry.traits.multimodal:
+        return
+    latent = pipeline.vae.config.latent_channels
+    flow = entry.traits.flow
+    channels = (pipeline.transformer if flow else pipeline.unet).config.in_channels
+    plain = 4 * latent if flow else latent
+    if channels == plain or (entry.model.inpainting and not flow and channels == 2 * latent + 1):
+        return
+    wanted = "set `inpainting: true` in its entry" if channels == 2 * latent + 1 and not flow else "it is of a kind that Easel does not know"
+    raise unavailable(f"{entry.id} takes {channels} channels where its family has {plain}: {wanted}.", slug="model-broken")
 
 
 def explain(entry: Entry, error: BaseException) -> Problem:
