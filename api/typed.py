@@ -45,7 +45,7 @@ class Img2ImgInput(GenerationRequest):
 class InpaintInput(Img2ImgInput):
     """A GenerationRequest with its input picture and mask."""
 
-    mask: Annotated[Path | None, bentoml.validators.ContentType("image/*")] = None
+    mask: Annotated[Path, bentoml.validators.ContentType("image/*")]
 
 
 class TypedApis:
@@ -63,11 +63,15 @@ class TypedApis:
         return await _draw(reading.parse(values), Inputs(image=images.decode(image.read_bytes(), settings.load().limits)))
 
     @bentoml.api(input_spec=InpaintInput)  # type: ignore[untyped-decorator]
-    async def inpaint(self, image: Path, mask: Path | None = None, **values: Any) -> GenerationResponse:
-        """Repaint what is white in `mask`, or draw beyond the picture's sides (outpaint_*)."""
+    async def inpaint(self, image: Path, mask: Path, **values: Any) -> GenerationResponse:
+        """Repaint what is white in `mask`."""
+        return await _draw(reading.parse(values), reading.pictures({"image": [image.read_bytes()], "mask": [mask.read_bytes()]}, settings.load().limits))
+
+    @bentoml.api(input_spec=Img2ImgInput)  # type: ignore[untyped-decorator]
+    async def outpaint(self, image: Path, **values: Any) -> GenerationResponse:
+        """Draw beyond the picture's sides (outpaint_left, ...)."""
         wanted = reading.parse(values)
-        uploads = {"image": [image.read_bytes()]} | ({"mask": [mask.read_bytes()]} if mask else {})
-        return await _draw(wanted, reading.painted(wanted, uploads, settings.load().limits))
+        return await _draw(wanted, reading.painted(wanted, {"image": [image.read_bytes()]}, settings.load().limits))
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop_adding(self) -> None:
@@ -106,6 +110,7 @@ async def img2img(request: Request) -> GenerationResponse:
     return await _draw(wanted, inputs, request)
 
 
+@router.post("/outpaint", openapi_extra=_body("image"))
 @router.post("/inpaint", openapi_extra=_body("image", "mask"))
 async def inpaint(request: Request) -> GenerationResponse:
     """Repaint what is white in `mask` (without one, what is transparent in `image`), or draw beyond the
