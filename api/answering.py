@@ -161,6 +161,8 @@ def describe(ran: Ran, seeds: list[int]) -> dict[str, str]:
         headers["X-Easel-Embeddings"] = ", ".join(f"{x.name};vectors={x.vectors}" for x in ran.embeddings)
     if ran.degraded:
         headers["X-Easel-Degraded"] = ran.degraded
+    if ran.flagged is not None:
+        headers["X-Easel-Flagged"] = ",".join(map(str, ran.flagged)) or "none"
     if ran.notes:
         headers["X-Easel-Notes"] = "; ".join(ran.notes)
     return {name: _safe(value) for name, value in headers.items()}

@@ -43,6 +43,7 @@ async def capabilities(request: Request) -> dict[str, Any]:
     return {
         **_offer(catalogue, found.get("StableDiffusion")),
         "formats": ["png", "jpeg", "webp"],
+        "safety": settings.safety.mode,
         "loras": {"max": settings.limits.loras, "weight": {"default": 1, "min": -MAX_WEIGHT, "max": MAX_WEIGHT}},
         "unidiffuser": _offer(multimodal.catalogue(), found.get("UniDiffuser")) | {"images": settings.limits.images},
     }

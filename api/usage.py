@@ -56,12 +56,12 @@ async def usage(
         lines = await asyncio.to_thread(log.report, since, until, groups)
     except (sqlite3.Error, OSError) as error:
         raise unavailable(f"The usage log cannot be read: {error}", slug="usage-unreadable") from error
-    rows = [{**line.group, "requests": line.requests, "pictures": line.pictures, "picture_steps": line.picture_steps} for line in lines]
+    rows = [{**line.group, "requests": line.requests, "pictures": line.pictures, "picture_steps": line.picture_steps, "flagged": line.flagged} for line in lines]
     if chosen == "json":
         times = {name: t.isoformat() if t else None for name, t in (("since", since), ("until", until))}
         return JSONResponse({**times, "group_by": groups, "usage": rows})
     out = io.StringIO()
-    writer = csv.DictWriter(out, [*groups, "requests", "pictures", "picture_steps"])
+    writer = csv.DictWriter(out, [*groups, "requests", "pictures", "picture_steps", "flagged"])
     writer.writeheader()
     writer.writerows(rows)
     return Response(out.getvalue(), media_type="text/csv", headers={"Content-Disposition": 'attachment; filename="usage.csv"'})

@@ -172,6 +172,7 @@ class Timing(BaseModel):
     load: float = 0
     denoise: float = 0
     decode: float = 0
+    safety: float = 0
     encode: float = 0
 
 
@@ -201,7 +202,8 @@ class AppliedEmbedding(BaseModel):
 
 class Ran(BaseModel):
     """The truth about what ran, for headers, metadata and JSON answers. `model_sha256` is the weights
-    file's; of a folder, the UNet's or transformer's."""
+    file's; of a folder, the UNet's or transformer's. `flagged`: the seeds of the pictures that the safety
+    checker replaced; None where there is no checker."""
 
     model_id: str
     model_sha256: str
@@ -229,6 +231,7 @@ class Ran(BaseModel):
     credit: list[str] = []
     notes: list[str]
     degraded: str | None = None  # how it ran with less memory than usual
+    flagged: list[int] | None = None
     libraries: dict[str, str]
     timing: Timing
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 from core.optimising import Optimise
@@ -21,8 +22,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 Family = Literal["starter", "sd15", "sd2", "sdxl", "flux", "unidiffuser"]
 Dtype = Literal["float16", "bfloat16", "float32"]
+NudeNetCategory = Literal[
+    "FEMALE_GENITALIA_COVERED", "FACE_FEMALE", "BUTTOCKS_EXPOSED", "FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED",
+    "ANUS_EXPOSED", "FEET_EXPOSED", "BELLY_COVERED", "FEET_COVERED", "ARMPITS_COVERED", "ARMPITS_EXPOSED", "FACE_MALE", "BELLY_EXPOSED",
+    "MALE_GENITALIA_EXPOSED", "ANUS_COVERED", "FEMALE_BREAST_COVERED", "BUTTOCKS_COVERED",
+]  # fmt: skip
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _yaml_word(value: object) -> object:
+    """YAML 1.1 reads a bare off as false and a bare on as true."""
+    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
 
 
 class Section(BaseModel):
@@ -36,7 +47,7 @@ class Server(Section):
 
 
 class Auth(Section):
-    mode: Literal["keys", "off"] = "keys"
+    mode: Annotated[Literal["keys", "off"], BeforeValidator(_yaml_word)] = "keys"
     public_docs: bool = False
     public_metrics: bool = False
 
@@ -187,6 +198,29 @@ class Llm(Section):
         return self
 
 
+class Safety(Section):
+    """The safety checker, and the words that prompts may not have."""
+
+    mode: Annotated[Literal["off", "on", "blur"], BeforeValidator(_yaml_word)] = "off"
+    detector: Literal["nudenet", "stable_diffusion"] = "nudenet"
+    threshold: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.25
+    categories: list[NudeNetCategory] = ["FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED", "ANUS_EXPOSED"]
+    source: str | None = None
+    blocklist: list[str] = []
+    blocklist_file: Path | None = None
+
+    @model_validator(mode="after")
+    def parts_are_there(self) -> Safety:
+        if self.mode != "off" and self.detector == "nudenet":
+            if find_spec("nudenet") is None:
+                raise ValueError("safety.detector nudenet needs a package: pip install 'nudenet>=3.4.2,<4'")
+            if not self.categories:
+                raise ValueError("safety.categories is empty, so that nothing would be flagged; safety.mode: off says so plainly")
+        if self.blocklist_file and not beside_configuration(self.blocklist_file).is_file():
+            raise ValueError(f"safety.blocklist_file: there is no file {beside_configuration(self.blocklist_file)}")
+        return self
+
+
 class Runner(Section):
     """Where a runner service runs: a number of GPUs, or the share of one. `gpu: null` takes one where
     each runner can have one, and half where both share one."""
@@ -219,6 +253,7 @@ class Settings(BaseSettings):
     loras: Loras = Loras()
     usage: Usage = Usage()
     llm: Llm = Llm()
+    safety: Safety = Safety()
     stable_diffusion: Runner = Runner()
     unidiffuser: UniDiffuser = UniDiffuser(allow_unlisted=True)
 

@@ -41,6 +41,8 @@ CREATE TRIGGER IF NOT EXISTS usage_unchanged BEFORE UPDATE ON usage BEGIN SELECT
 CREATE TRIGGER IF NOT EXISTS usage_loras_kept BEFORE DELETE ON usage_loras BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS usage_loras_unchanged BEFORE UPDATE ON usage_loras BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
+# What a file of an earlier version lacks, by the version (SQLite's user_version) that brought it.
+_ADDED = ["ALTER TABLE usage ADD COLUMN flagged INTEGER NOT NULL DEFAULT 0"]
 _COLUMNS: dict[Group, str] = {
     "key": "u.key", "model": "u.model", "lora": "l.lora", "day": "date(u.at, 'unixepoch')", "commercial": "u.commercial",
 }  # fmt: skip
@@ -49,12 +51,13 @@ _COLUMNS: dict[Group, str] = {
 @dataclass(frozen=True)
 class Line:
     """A line of a report. `group` has a value for each of the asked groups (None: no LoRA);
-    `picture_steps` is the sum of pictures times steps."""
+    `picture_steps` is the sum of pictures times steps, `flagged` of the pictures that the safety checker replaced."""
 
     group: dict[Group, str | None]
     requests: int
     pictures: int
     picture_steps: int
+    flagged: int = 0
 
 
 class Ledger:
@@ -72,7 +75,7 @@ class Ledger:
             return
         row = (
             time.time(), plan.client, ran.model_id, len(generation.pictures), ran.width, ran.height, ran.steps_run,
-            plan.commercial, ran.commercial_use, json.dumps(ran.credit, ensure_ascii=False),
+            plan.commercial, ran.commercial_use, json.dumps(ran.credit, ensure_ascii=False), len(ran.flagged or []),
         )  # fmt: skip
 
         parts = [(x.name, x.weight, x.sha256) for x in ran.loras] + [(x.name, 1.0, x.sha256) for x in ran.embeddings]
@@ -80,7 +83,7 @@ class Ledger:
         def write(connection: sqlite3.Connection) -> None:
             with connection:
                 added = connection.execute(
-                    "INSERT INTO usage (at, key, model, pictures, width, height, steps, commercial, commercial_use, credit) VALUES (?,?,?,?,?,?,?,?,?,?)", row
+                    "INSERT INTO usage (at, key, model, pictures, width, height, steps, commercial, commercial_use, credit, flagged) VALUES (?,?,?,?,?,?,?,?,?,?,?)", row
                 )
                 connection.executemany("INSERT INTO usage_loras VALUES (?,?,?,?)", [(added.lastrowid, *part) for part in parts])
 
@@ -99,7 +102,7 @@ class Ledger:
         columns = [_COLUMNS[group] for group in groups]
         join = " LEFT JOIN usage_loras l ON l.usage = u.id" if "lora" in groups else ""
         query = (
-            f"SELECT {''.join(c + ', ' for c in columns)}COUNT(*), COALESCE(SUM(u.pictures), 0), COALESCE(SUM(u.pictures * u.steps), 0)"
+            f"SELECT {''.join(c + ', ' for c in columns)}COUNT(*), COALESCE(SUM(u.pictures), 0), COALESCE(SUM(u.pictures * u.steps), 0), COALESCE(SUM(u.flagged), 0)"
             f" FROM usage u{join} WHERE u.at >= ? AND u.at < ?"
             + (f" GROUP BY {', '.join(columns)} ORDER BY SUM(u.pictures) DESC, {', '.join(columns)}" if columns else "")
         )
@@ -140,6 +143,7 @@ class Ledger:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = NORMAL")
                 connection.executescript(_SCHEMA)
+                _upgrade(connection)
             except BaseException:
                 connection.close()
                 raise
@@ -165,3 +169,14 @@ class Ledger:
         while True:
             yield self.path.with_name(f"{self.path.name}.corrupt-{stamp}-{number}")
             number += 1
+
+
+def _upgrade(connection: sqlite3.Connection) -> None:
+    """Bring a file to this version, once, whichever process comes first."""
+    if connection.execute("PRAGMA user_version").fetchone()[0] >= len(_ADDED):
+        return
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in _ADDED[connection.execute("PRAGMA user_version").fetchone()[0] :]:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {len(_ADDED)}")

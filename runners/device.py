@@ -22,6 +22,7 @@ from runners import denoise, loading, memory, multimodal, optimising, weights
 from runners.memory import Way
 from runners.queue import DeviceQueue, Job, Share, check_all
 from runners.residency import Residency, Resident, release_memory
+from runners.safety import SafetyChecker
 
 log = logging.getLogger("easel.device")
 
@@ -39,6 +40,7 @@ class Device:
         if models.cpu_threads:
             torch.set_num_threads(models.cpu_threads)
         self.residency = Residency(models, self.torch_device, lora_budget=settings.loras.memory_budget_bytes)
+        self.safety = SafetyChecker(settings.safety, self.torch_device)
         self.queue = DeviceQueue(self.residency.sweep, catalogue.queue.limit, catalogue.queue.per_key)
 
     def fetch(self, entry: Entry) -> Path:
@@ -47,6 +49,7 @@ class Device:
         Raises:
             Problem: 503 that says what stands in the way.
         """
+        self.safety.load()
         try:
             path = loading.fetch(entry, secrets().hf_token.get_secret_value())
             try:
@@ -67,14 +70,21 @@ class Device:
         memory.choose(self._request([plan], path), self.residency.budget, self._may_offload)
         rows = multimodal.rows_of(plan) if self.catalogue.find(plan.model_id).traits.multimodal else len(plan.seeds)
         share: Share[Plan, Generation] = Share(
-            plan.batch_key, plan, rows, self.catalogue.models.max_batch, lambda jobs, plans: self._run(jobs, plans, path)
+            plan.batch_key, plan, rows, self.catalogue.models.max_batch, lambda jobs, plans: self._checked(jobs, plans, path)
         )
-        return self.queue.submit(Job(plan.id, plan.client, lambda job: self._run([job], [plan], path)[0], plan.deadline_s, share))
+        return self.queue.submit(Job(plan.id, plan.client, lambda job: self._checked([job], [plan], path)[0], plan.deadline_s, share))
 
     def unload(self, model_id: str | None) -> Future[int]:
         """Queue the unloading of one model, or of all."""
         job: Job[int] = Job("unload", "admin", lambda _: self.residency.unload(model_id), self.catalogue.queue.deadline_s)
         return self.queue.submit(job)
+
+    def _checked(self, jobs: list[Job[Generation]], plans: list[Plan], path: Path) -> list[Generation]:
+        """`_run` for the plans whose pictures may be used; what it draws is looked at before anyone sees it."""
+        refused = [self.safety.refusal(plan) for plan in plans]
+        fine = [i for i, problem in enumerate(refused) if problem is None]
+        drawn = iter(self._run([jobs[i] for i in fine], [plans[i] for i in fine], path) if fine else [])
+        return [Generation(problem=problem.details) if problem else self.safety.censor(next(drawn)) for problem in refused]
 
     def _run(self, jobs: list[Job[Generation]], plans: list[Plan], path: Path) -> list[Generation]:
         """In the device's thread: make the model resident, then draw plans that are alike."""

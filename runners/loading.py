@@ -57,7 +57,7 @@ logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-# The image checker of SD 1.x needs weights and torchvision; it is not part of making a picture.
+# The image checker of SD 1.x is not part of making a picture; runners.safety has it for every family.
 _WITHOUT_CHECKER: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
