@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import bentoml
@@ -13,47 +14,42 @@ from bentoml._internal.resource import system_resources
 from pydantic_settings import SettingsError
 from yaml import YAMLError
 
-from api import app, gate, multimodal, typed
+from api import app, backend, gate, multimodal, typed
 from core import settings
 from core.auth import Keys, NoKeys
 from core.draining import Draining
-from core.settings import Models, Queue
+from core.placement import Place, gpus_seen, places, share
+from core.settings import Models, Queue, Settings
 from runners.diffusion import DiffusionRunner
 
 
-def gpu(setting: float | None) -> dict[str, float]:
-    """As configured; else one GPU for each runner, half of it where there is only one for both."""
-    there = len(system_resources()["nvidia.com/gpu"])
-    share = setting if setting is not None else min(1, there / 2)
-    return {"gpu": share} if share else {}
-
-
-def check_needs(models: Models, setting: float | None) -> None:
-    """Refuse optimisations that need what is not here before any process is started.
-
-    Raises:
-        ValueError: that names them.
-    """
-    on_gpu = models.device.startswith("cuda") if models.device else bool(gpu(setting))
-    if missing := models.needs(max(1, int(gpu(setting).get("gpu", 1))) if on_gpu else 0):
-        raise ValueError("Models cannot be optimised so here. " + ". ".join(missing))
+def place(settings: Settings) -> tuple[list[Place], list[Place]]:
+    """Where the workers of Stable Diffusion and of UniDiffuser run."""
+    gpus, dealt = gpus_seen(len(system_resources()["nvidia.com/gpu"]), os.environ)
+    runners = {"StableDiffusion": (settings.stable_diffusion, settings.models), "UniDiffuser": (settings.unidiffuser, settings.unidiffuser)}
+    total = sum(r.workers if isinstance(r.workers, int) else 0 for r, _ in runners.values())
+    sd, uni = (places(name, r.workers, models, share(r.gpu, total, gpus), gpus, dealt) for name, (r, models) in runners.items())
+    return sd, uni
 
 
 try:
     configured = settings.load()
     keys = Keys(configured, settings.secrets())
-    check_needs(configured.models, configured.stable_diffusion.gpu)
-    check_needs(configured.unidiffuser, configured.unidiffuser.gpu)
+    stable_diffusion_places, unidiffuser_places = place(configured)
 except (NoKeys, FileNotFoundError, ValueError, SettingsError, YAMLError) as error:
     raise SystemExit(f"Easel cannot start. {error}") from None
 http = app.build(configured)
 draining = Draining(configured.server.grace_s, linger_s=1.0)
-unidiffuser = configured.unidiffuser
 common: dict[str, Any] = {
-    "workers": 1,  # one process owns a device, and a cancel finds the job there
+    "workers": 1,  # of each of our services: see core.placement
     "http": {"host": configured.server.host, "port": configured.server.port},
     "runner_probe": {"enabled": False},
 }
+
+
+def of_runner(place: Place, *queues: Queue | None) -> dict[str, Any]:
+    """What a worker's service is declared with."""
+    return {"name": place.name, "resources": {"gpu": place.gpu} if place.gpu else {}, "traffic": traffic(*queues), **common}
 
 
 def traffic(*queues: Queue | None) -> dict[str, float]:
@@ -61,37 +57,52 @@ def traffic(*queues: Queue | None) -> dict[str, float]:
     return {"timeout": max(q.deadline_s for q in (*queues, configured.queue) if q) + 60}
 
 
-@bentoml.service(name="StableDiffusion", resources=gpu(configured.stable_diffusion.gpu), traffic=traffic(), **common)
-@bentoml.asgi_app(http)
-class StableDiffusion(typed.TypedApis, DiffusionRunner):
-    """Stable Diffusion on one device."""
+def stable_diffusion(place: Place) -> Any:
+    @bentoml.service(**of_runner(place))
+    @bentoml.asgi_app(http)
+    class StableDiffusion(typed.TypedApis, DiffusionRunner):
+        """Stable Diffusion on one device."""
 
-    def __init__(self) -> None:
-        self.start("StableDiffusion", configured, configured.models, draining)
+        def __init__(self) -> None:
+            self.start(place.name, configured, on(configured.models, place), draining)
 
-
-@bentoml.service(name="UniDiffuser", resources=gpu(unidiffuser.gpu), traffic=traffic(unidiffuser.queue), **common)
-@bentoml.asgi_app(http)
-class UniDiffuser(multimodal.MultimodalApis, DiffusionRunner):
-    """UniDiffuser on one device."""
-
-    def __init__(self) -> None:
-        self.start("UniDiffuser", configured, unidiffuser, draining)
+    return StableDiffusion
 
 
-@bentoml.service(name="ImageGeneration", traffic=traffic(unidiffuser.queue), **common)
-@bentoml.asgi_app(http)
-class ImageGeneration(typed.TypedApis, multimodal.MultimodalApis):
+def unidiffuser(place: Place) -> Any:
+    @bentoml.service(**of_runner(place, configured.unidiffuser.queue))
+    @bentoml.asgi_app(http)
+    class UniDiffuser(multimodal.MultimodalApis, DiffusionRunner):
+        """UniDiffuser on one device."""
+
+        def __init__(self) -> None:
+            self.start(place.name, configured, on(configured.unidiffuser, place), draining)
+
+    return UniDiffuser
+
+
+def on(models: Models, place: Place) -> Models:
+    return models.model_copy(update={"device": place.device})
+
+
+# The first worker of each can be served alone; the entry calls them all.
+StableDiffusion, *_more_stable_diffusion = map(stable_diffusion, stable_diffusion_places)
+UniDiffuser, *_more_unidiffuser = map(unidiffuser, unidiffuser_places)
+_workers = [StableDiffusion, *_more_stable_diffusion, UniDiffuser, *_more_unidiffuser]
+
+
+class _Entry(typed.TypedApis, multimodal.MultimodalApis):
     """The entry: every contract on one port."""
-
-    stable_diffusion = bentoml.depends(StableDiffusion)
-    unidiffuser = bentoml.depends(UniDiffuser)
 
     @bentoml.on_startup
     async def begin(self) -> None:
         draining.install()
 
 
+for worker in _workers:
+    setattr(_Entry, backend.attribute(worker.name), bentoml.depends(worker))
+ImageGeneration = bentoml.service(name="ImageGeneration", traffic=traffic(configured.unidiffuser.queue), **common)(bentoml.asgi_app(http)(_Entry))
+
 door: dict[str, Any] = {"settings": configured, "keys": keys, "http": http, "draining": draining}
-for service in (StableDiffusion, UniDiffuser, ImageGeneration):
+for service in (*_workers, ImageGeneration):
     service.add_asgi_middleware(gate.Gate, **door)

@@ -159,6 +159,8 @@ def describe(ran: Ran, seeds: list[int]) -> dict[str, str]:
         headers["X-Easel-Loras"] = ", ".join(f"{x.name}:{x.weight:g};layers={x.layers};unmatched={x.unmatched}" for x in ran.loras)
     if ran.embeddings:
         headers["X-Easel-Embeddings"] = ", ".join(f"{x.name};vectors={x.vectors}" for x in ran.embeddings)
+    if ran.worker:
+        headers["X-Easel-Worker"] = ran.worker
     if ran.degraded:
         headers["X-Easel-Degraded"] = ran.degraded
     if ran.flagged is not None:

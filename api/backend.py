@@ -10,12 +10,15 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import bentoml
 from starlette.requests import Request
 
+from api import routing
+from api.routing import Runner
 from core.generation import Generation, Plan, RunnerStatus
+from core.placement import MAX_WORKERS, runner_of
 from core.problems import Problem, cancelled, problem, unavailable
 
 log = logging.getLogger("easel.api")
@@ -27,36 +30,35 @@ PROBE_EVERY_S = 2.0
 PROBE_TIMEOUT_S = 3.0
 PROBES_MISSED = 2  # a machine under load may be late once; a dead runner stays so
 ATTEMPTS = 2
+GONE = "runner-gone"
 
 
-class Runner(Protocol):
-    """What api needs of a runner service."""
-
-    async def run(self, plan: Plan) -> Generation: ...
-    async def cancel(self, plan_id: str) -> bool: ...
-    async def unload(self, model_id: str) -> int: ...
-    async def status(self) -> RunnerStatus: ...
+def attribute(worker: str) -> str:
+    """The entry's dependency for a worker: stable_diffusion2 for StableDiffusion2."""
+    name = runner_of(worker)
+    return SERVICES[cast(Service, name)] + worker.removeprefix(name)
 
 
-def runners() -> dict[Service, Runner]:
-    """The runners that are served here: the entry's dependencies, or this very service."""
+def workers() -> dict[str, Runner]:
+    """The workers that are served here: the entry's dependencies, or this very service."""
     service: Any = bentoml.get_current_service()
     if alone := getattr(service, "name", None):
         return {alone: cast(Runner, _Here(service))}
-    return {name: cast(Runner, getattr(service, attribute)) for name, attribute in SERVICES.items()}
+    names = (f"{name}{number or ''}" for name in SERVICES for number in (0, *range(2, MAX_WORKERS + 1)))
+    return {name: cast(Runner, getattr(service, attribute(name))) for name in names if hasattr(service, attribute(name))}
 
 
-def runner(name: Service) -> Runner:
-    """One of them.
+def workers_of(name: Service) -> dict[str, Runner]:
+    """Those of one runner.
 
     Raises:
         Problem: 404 where another runner is served alone here.
     """
-    here = runners()
-    if name not in here:
+    here = workers()
+    if not (own := {worker: runner for worker, runner in here.items() if runner_of(worker) == name}):
         detail = f"This is served by {name}; {next(iter(here))} runs alone here. Start `bentoml serve` for both, or `bentoml serve service:{name}`."
         raise problem(404, "not-served-here", "Not served here", detail)
-    return here[name]
+    return own
 
 
 class _Here:
@@ -70,11 +72,11 @@ class _Here:
         return getattr(self._service, name).local
 
 
-async def statuses() -> dict[Service, RunnerStatus | Problem]:
-    """Each runner's status, or the 503 where it does not answer in time."""
-    here = runners()
+async def statuses() -> dict[str, RunnerStatus | Problem]:
+    """Each worker's status, or the 503 where it does not answer in time."""
+    here = workers()
     answers = await asyncio.gather(*(_answer(r.status) for r in here.values()), return_exceptions=True)
-    found: dict[Service, RunnerStatus | Problem] = {}
+    found: dict[str, RunnerStatus | Problem] = {}
     for name, answer in zip(here, answers, strict=True):
         if isinstance(answer, BaseException) and not isinstance(answer, Problem):
             raise answer
@@ -82,24 +84,37 @@ async def statuses() -> dict[Service, RunnerStatus | Problem]:
     return found
 
 
-async def unload(name: Service, model_id: str) -> int:
-    return await runner(name).unload(model_id)
+async def unload(worker: str, model_id: str) -> int:
+    return await workers()[worker].unload(model_id)
 
 
 async def generate(plan: Plan, request: Request | None, name: Service = "StableDiffusion") -> Generation:
-    """Have a plan done. Without a request (a call within this process) nobody can leave.
+    """Have a plan done by one of a runner's workers; by another where that one dies. Without a request
+    (a call within this process) nobody can leave.
 
     Raises:
-        Problem: what the runner says; 503 where it is gone; 499 where the client is; 404 where it is not here.
+        Problem: what the worker says; 503 where all are gone; 499 where the client is; 404 where the runner is not here.
     """
-    target = runner(name)
+    able = workers_of(name)
+    several = len(able) > 1
     gone = asyncio.ensure_future(_disconnected(request))
     try:
-        generation = await _watched(target, plan, gone)
+        while True:
+            worker = await routing.choose(able, plan.model_id)
+            try:
+                with routing.in_hand(worker, plan.model_id):
+                    generation = await _watched(able[worker], plan, gone)
+                break
+            except Problem as problem:
+                if not problem.details.type.endswith(GONE) or len(able) == 1:
+                    raise
+                routing.set_aside(worker, able.pop(worker))
     finally:
         gone.cancel()
     if generation.problem:
         raise Problem(generation.problem)
+    if several and generation.ran:
+        generation.ran.worker = worker
     return generation
 
 
@@ -180,4 +195,4 @@ async def _reach(call: Awaitable[T]) -> T:
 
 
 def _gone() -> Problem:
-    return unavailable("The runner is not answering; it is being restarted.", retry_after=10, slug="runner-gone")
+    return unavailable("The runner is not answering; it is being restarted.", retry_after=10, slug=GONE)

@@ -10,6 +10,7 @@ from api import backend, multimodal
 from core.adapters import MAX_WEIGHT
 from core.catalogue import Catalogue
 from core.generation import RunnerDown, RunnerStatus
+from core.placement import runner_of
 from core.problems import Problem, invalid_field, nearest
 from core.settings import Settings
 
@@ -41,22 +42,32 @@ async def capabilities(request: Request) -> dict[str, Any]:
     settings: Settings = request.app.state.settings
     found = await backend.statuses()
     return {
-        **_offer(catalogue, found.get("StableDiffusion")),
+        **_offer(catalogue, _of("StableDiffusion", found)),
         "formats": ["png", "jpeg", "webp"],
         "safety": settings.safety.mode,
         "loras": {"max": settings.limits.loras, "weight": {"default": 1, "min": -MAX_WEIGHT, "max": MAX_WEIGHT}},
-        "unidiffuser": _offer(multimodal.catalogue(), found.get("UniDiffuser")) | {"images": settings.limits.images},
+        "unidiffuser": _offer(multimodal.catalogue(), _of("UniDiffuser", found)) | {"images": settings.limits.images},
     }
 
 
-def _offer(catalogue: Catalogue, status: RunnerStatus | Problem | None) -> dict[str, Any]:
-    """What a runner's models can do; `device` is null where the runner is not here, or down."""
-    here = status if isinstance(status, RunnerStatus) else None
-    states = {model.model_id: model.state for model in here.models} if here else {}
+def _of(runner: str, found: dict[str, RunnerStatus | Problem]) -> list[RunnerStatus]:
+    """The statuses of a runner's workers that answer."""
+    return [status for name, status in found.items() if runner_of(name) == runner and isinstance(status, RunnerStatus)]
+
+
+_STATES = ("cold", "failed", "downloading", "loading", "warm")
+
+
+def _offer(catalogue: Catalogue, here: list[RunnerStatus]) -> dict[str, Any]:
+    """What a runner's models can do, each in the best state that any worker has it in; `device` is null
+    where the runner is not here, or down."""
+    states: dict[str, str] = {}
+    for model in (model for status in here for model in status.models):
+        states[model.model_id] = max(states.get(model.model_id, "cold"), model.state, key=_STATES.index)
     return {
         "default": catalogue.models.default,
         "allow_unlisted": catalogue.models.allow_unlisted,
-        "device": here and here.device,
+        "device": ", ".join(dict.fromkeys(status.device for status in here)) or None,
         "models": [
             entry.capabilities(catalogue.settings.limits) | {"loras": catalogue.fitting("lora", entry), "embeddings": catalogue.fitting("embedding", entry), "state": states.get(entry.id, "cold")}
             for entry in catalogue.entries.values()

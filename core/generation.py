@@ -230,6 +230,7 @@ class Ran(BaseModel):
     commercial_use: bool
     credit: list[str] = []
     notes: list[str]
+    worker: str | None = None  # which one, where the runner has several
     degraded: str | None = None  # how it ran with less memory than usual
     flagged: list[int] | None = None
     libraries: dict[str, str]

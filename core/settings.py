@@ -28,6 +28,8 @@ NudeNetCategory = Literal[
     "MALE_GENITALIA_EXPOSED", "ANUS_COVERED", "FEMALE_BREAST_COVERED", "BUTTOCKS_COVERED",
 ]  # fmt: skip
 Count = Annotated[int, Field(ge=1)]
+Device = Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
+Workers = Annotated[int, Field(ge=1, le=64)] | Annotated[list[Device], Field(min_length=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -222,9 +224,10 @@ class Safety(Section):
 
 
 class Runner(Section):
-    """Where a runner service runs: a number of GPUs, or the share of one. `gpu: null` takes one where
-    each runner can have one, and half where both share one."""
+    """Where a runner runs: how many workers it has, or on which devices, and the GPUs of each, or the
+    share of one. `gpu: null` takes one where each worker can have one, and a part where they share."""
 
+    workers: Workers = 1
     gpu: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
@@ -233,6 +236,7 @@ class UniDiffuser(Models):
 
     default: str = "starter/unidiffuser"
     max_batch: Count = 8
+    workers: Workers = 1
     gpu: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     queue: Queue | None = None
 

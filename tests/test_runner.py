@@ -72,7 +72,7 @@ class Elsewhere:
 def test_only_a_runner_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, answers: list[str], kept: bool) -> None:
     monkeypatch.setattr(backend, "PROBE_EVERY_S", 0.05)
     monkeypatch.setattr(backend, "PROBE_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(backend, "runner", lambda _: Elsewhere(list(answers)))
+    monkeypatch.setattr(backend, "workers_of", lambda _: {"StableDiffusion": Elsewhere(list(answers))})
     if kept:
         assert asyncio.run(backend.generate(plan(), None)).seeds == [1]
     else:
