@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel
 
 from api import backend, multimodal
 from core.adapters import MAX_WEIGHT
@@ -13,6 +15,7 @@ from core.generation import RunnerDown, RunnerStatus
 from core.placement import runner_of
 from core.problems import Problem, invalid_field, nearest
 from core.settings import Settings
+from core.styles import Style
 
 router = APIRouter(tags=["models"])
 
@@ -73,6 +76,35 @@ def _offer(catalogue: Catalogue, here: list[RunnerStatus]) -> dict[str, Any]:
             for entry in catalogue.entries.values()
         ],
     }
+
+
+class StyleList(BaseModel):
+    """The prompt styles, in their file's order; `warning` says what is wrong with the file."""
+
+    styles: list[Style]
+    warning: str | None
+
+
+class WildcardList(BaseModel):
+    """The wildcards of dynamic prompts: how many options each has; `warnings` tell of files left out."""
+
+    wildcards: dict[str, int]
+    warnings: list[str]
+
+
+@router.get("/styles")
+async def styles(request: Request) -> StyleList:
+    """The styles that `styles` may name."""
+    own = request.app.state.catalogue.writer.styles
+    return StyleList(styles=list(own.entries().values()), warning=own.warning)
+
+
+@router.get("/wildcards")
+async def wildcards(request: Request) -> WildcardList:
+    """What `__name__` may name in dynamic prompts."""
+    own = request.app.state.catalogue.writer.wildcards
+    entries = await asyncio.to_thread(own.entries)
+    return WildcardList(wildcards={name: len(options) for name, options in entries.items()}, warnings=own.warnings)
 
 
 class BufferStatus(RunnerStatus):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -48,7 +49,7 @@ async def post_config(request: Request) -> Response:
     wanted, inputs = await reading.read(request, settings.limits)
     accept = request.headers.get("accept", "*/*")
     answering.choose(accept, wanted)  # an answer that cannot be had is refused before the work
-    plan = catalogue.plan(wanted, inputs, request.state.caller.id)
+    plan = await asyncio.to_thread(catalogue.plan, wanted, inputs, request.state.caller.id)
     generation = await backend.generate(plan, request)
     await usage.record(plan, generation)
     return await answering.answer(generation, wanted, accept, settings.metadata.embed)

@@ -124,7 +124,7 @@ async def _draw(wanted: GenerationRequest, inputs: Inputs | None, request: Reque
     configured = settings.load()
     client = request.state.caller.id if request else "in-process"
     catalogue: Catalogue = request.app.state.catalogue if request else Catalogue(configured)
-    plan = catalogue.plan(wanted, inputs, client)
+    plan = await asyncio.to_thread(catalogue.plan, wanted, inputs, client)
     generation = await backend.generate(plan, request)
     await usage.record(plan, generation)
     return await answering.as_json(generation, wanted, configured.metadata.embed)

@@ -179,8 +179,6 @@ class Catalogue:
         for name in ("prompt", "negative_prompt"):
             if (length := len(getattr(request, name))) > limits.prompt_characters:
                 refuse(name, "is too long", f"at most {limits.prompt_characters} characters", f"{length} characters")
-        if request.negative_prompt and not traits.negative_prompt:
-            refuse("negative_prompt", f"{entry.id} ({entry.model.family}) takes no negative prompt", "leave it out", request.negative_prompt)
         if request.clip_skip and not traits.clip_skip:
             refuse("clip_skip", f"{entry.id} ({entry.model.family}) has no CLIP layers to skip", "0", request.clip_skip)
         if request.count_returned > limits.count_returned:
@@ -202,11 +200,16 @@ class Catalogue:
                 sizes = str(entry.size) if traits.multimodal else f"{entry.min_size} to {entry.max_size}, a multiple of {traits.multiple}"
                 refuse(name, f"does not fit {entry.id}", sizes, value)
         scheduler = schedulers.find(request.scheduler, traits.flow, image is not None, traits.multimodal).name if request.scheduler else None
-        worded = self.writer.write(request, entry.model.family, errors, notes)
+        first = request.seed if request.seed is not None and request.seed >= 0 else _SEEDS.randrange(2**32)
+        seeds = [first + i for i in range(min(request.count_returned, limits.count_returned))]
+        worded = self.writer.write(request, entry.model.family, seeds, errors, notes)
+        if worded.negative_prompt and not traits.negative_prompt:
+            field = "negative_prompt" if request.negative_prompt else "styles"
+            refuse(field, f"{entry.id} ({entry.model.family}) takes no negative prompt", "leave it out", worded.negative_prompt)
         if worded.loras and entry.model.optimise.by_layer:
             refuse("lora", f"{entry.id} is offloaded layer by layer (offload: {entry.model.optimise.offload}), to which a LoRA cannot be added", "no LoRA, or another model", request.lora or request.prompt)
         if request.commercial:
-            allowing = {f"{entry.id} ({entry.model.licence})": entry.model.commercial_use} 
+            allowing = {f"{entry.id} ({entry.model.licence})": entry.model.commercial_use}
             allowing |= {f"the LoRA {x.name}": x.commercial_use for x in worded.loras} | {f"the embedding {x.name}": x.commercial_use for x in worded.embeddings}
             for part in (p for p, allowed in allowing.items() if not allowed):
                 refuse("commercial", f"{part} does not allow commercial use", "false, or another model, LoRA or embedding", True)
@@ -214,23 +217,23 @@ class Catalogue:
             raise invalid(errors)
 
         guidance = entry.guidance if request.guidance_scale is None else request.guidance_scale
-        if request.negative_prompt and guidance <= 1:
+        if worded.negative_prompt and guidance <= 1:
             notes.append("negative_prompt has no effect at a guidance_scale of 1 or less")
         if image is not None and not inpaint and request.width is None and request.height is None and (width, height) != (image.width, image.height):
             notes.append(f"the input image was resized from {image.width}x{image.height} to {width}x{height}")
-        first = request.seed if request.seed is not None and request.seed >= 0 else _SEEDS.randrange(2**32)
         return Plan(
             id=uuid.uuid4().hex,
             client=client,
             model_id=entry.id,
             prompt=worded.prompt,
             negative_prompt=worded.negative_prompt,
+            expansion=worded.expansion,
             torch_dtype=request.torch_dtype or entry.model.torch_dtype,
             num_inference_steps=steps,
             guidance_scale=guidance,
             width=width,
             height=height,
-            seeds=[first + i for i in range(request.count_returned)],
+            seeds=seeds,
             scheduler=scheduler,
             strength=strength,
             clip_skip=request.clip_skip,

@@ -83,6 +83,8 @@ class GenerationRequest(InpaintingFields, Sampling):
     lora: str | None = Field(None, max_length=2000, description="LoRAs by name, with weights: `a:0.6,b:0.4`. In the prompt: `<lora:a:0.6>`.")
     lora_scale: float | None = Field(None, ge=-10, le=10, allow_inf_nan=False, description="Weight of those in `lora` that have none of their own; 1 if left out.")
     lora_triggers: Literal["off", "auto"] = Field("off", description="auto adds the LoRAs' trigger words that the prompt lacks.")
+    styles: str | None = Field(None, max_length=2000, description="Styles by name, separated by commas; see GET /styles.")
+    dynamic_prompts: bool = Field(False, description="true: expand `{a|b}` and `__wildcards__`, for picture i by seed + i; see GET /wildcards.")
     commercial: bool = Field(False, description="true: refuse unless the model and every LoRA allow commercial use.")
     format: Format = Field("png", description="The pictures' file format.")
     quality: int = Field(90, ge=1, le=100, description="For jpeg and webp.")
@@ -128,6 +130,16 @@ class PlannedEmbedding(BaseModel):
     credit: str | None
 
 
+class Expansion(BaseModel):
+    """What dynamic prompts were made of, and what became of them: a prompt for each picture."""
+
+    model_config = ConfigDict(frozen=True)
+    template: str
+    negative_template: str
+    prompts: list[str]
+    negative_prompts: list[str]
+
+
 class Plan(BaseModel):
     """A request that can run: every value decided, except what only the device knows (dtype)."""
 
@@ -137,6 +149,7 @@ class Plan(BaseModel):
     model_id: str
     prompt: str
     negative_prompt: str
+    expansion: Expansion | None = None
     torch_dtype: Dtype | None
     num_inference_steps: int
     guidance_scale: float
@@ -158,10 +171,16 @@ class Plan(BaseModel):
     images: list[Pixels] = []  # for UniDiffuser: each is captioned, embedded or varied with every seed
     data_type: int = 1  # UniDiffuser's own argument, see core.multimodal
 
+    def words(self, picture: int) -> tuple[str, str]:
+        """The prompt and the negative prompt of a picture, counted from 0."""
+        if self.expansion is None:
+            return self.prompt, self.negative_prompt
+        return self.expansion.prompts[picture], self.expansion.negative_prompts[picture]
+
     @property
     def batch_key(self) -> str:
         """Plans with equal keys can share a batch: all but prompts, seeds and input pictures is alike."""
-        own = {"id", "client", "prompt", "negative_prompt", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "deadline_s", "notes"}
+        own = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "deadline_s", "notes"}
         return f"{self.image is None} {self.inpainting is None} {self.model_dump_json(exclude=own)}"
 
 
@@ -201,7 +220,8 @@ class AppliedEmbedding(BaseModel):
 
 
 class Ran(BaseModel):
-    """The truth about what ran, for headers, metadata and JSON answers. `model_sha256` is the weights
+    """The truth about what ran, for headers, metadata and JSON answers. `prompt` is the first picture's
+    where there is an `expansion`, which has those of all. `model_sha256` is the weights
     file's; of a folder, the UNet's or transformer's. `flagged`: the seeds of the pictures that the safety
     checker replaced; None where there is no checker."""
 
@@ -224,6 +244,7 @@ class Ran(BaseModel):
     inpainting: Inpainting | None = None
     prompt: str
     negative_prompt: str
+    expansion: Expansion | None = None
     prompt_tokens: int
     prompt_tokens_cut: int
     licence: str

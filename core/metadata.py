@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+from core import embeddings
 from core.generation import Generation, Ran
 from core.inpainting import SIDES, Inpainting
 
@@ -18,10 +19,22 @@ def _quote(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ",:\n") else text
 
 
+def of_picture(ran: Ran, picture: int) -> Ran:
+    """What ran for one picture of a request, counted from 0: with dynamic prompts its own prompt, and the
+    embeddings that stand in it."""
+    if ran.expansion is None:
+        return ran
+    own = ran.expansion.model_copy(update={"prompts": ran.expansion.prompts[picture : picture + 1], "negative_prompts": ran.expansion.negative_prompts[picture : picture + 1]})
+    named = embeddings.named("\n".join([*own.prompts, *own.negative_prompts]), [one.name for one in ran.embeddings])
+    return ran.model_copy(update={
+        "prompt": own.prompts[0], "negative_prompt": own.negative_prompts[0], "expansion": own, "embeddings": [one for one in ran.embeddings if one.name in named],
+    })  # fmt: skip
+
+
 def parameters(ran: Ran, seed: int) -> str:
     """A1111's infotext: the prompt with a tag for each LoRA, `Negative prompt: ...`, and a line of
     settings. `Lora hashes` are AutoV2, the first ten digits of the file's SHA-256; `TI hashes`,
-    of embeddings, the first twelve, as A1111 has them."""
+    of embeddings, the first twelve, as A1111 has them. `Template` is what its dynamic prompts were made of."""
     hashes = ", ".join(f"{lora.name}: {lora.sha256[:10]}" for lora in ran.loras)
     settings: dict[str, object] = {
         "Steps": ran.num_inference_steps,
@@ -37,6 +50,8 @@ def parameters(ran: Ran, seed: int) -> str:
         **(_inpainting(ran.inpainting) if ran.inpainting else {}),
         "Lora hashes": hashes or None,
         "TI hashes": ", ".join(f"{x.name}: {x.sha256[:12]}" for x in ran.embeddings) or None,
+        "Template": ran.expansion and ran.expansion.template,
+        "Negative Template": (ran.expansion and ran.expansion.negative_template) or None,
         "Version": f"easel {ran.libraries['easel']}",
     }
     lines = [" ".join([ran.prompt, *(f"<lora:{lora.name}:{lora.weight:g}>" for lora in ran.loras)]).strip()]
@@ -69,8 +84,8 @@ def texts(generation: Generation, index: int) -> dict[str, str]:
     """The text chunks of picture `index`."""
     if generation.ran is None:
         return {}
-    seed = generation.seeds[index]
+    seed, ran = generation.seeds[index], of_picture(generation.ran, index)
     return {
-        "parameters": parameters(generation.ran, seed),
-        "easel": json.dumps(record(generation.ran, seed), ensure_ascii=False, separators=(",", ":")),
+        "parameters": parameters(ran, seed),
+        "easel": json.dumps(record(ran, seed), ensure_ascii=False, separators=(",", ":")),
     }

@@ -165,6 +165,13 @@ class Loras(Section):
     concurrent_downloads: Count = 2
 
 
+class Prompts(Section):
+    """Styles and wildcards: a CSV file and a folder beside the configuration; null for none."""
+
+    styles: Path | None = Path("styles.csv")
+    wildcards: Path | None = Path("wildcards")
+
+
 class Usage(Section):
     """The usage log: an SQLite file beside the configuration; null for none."""
 
@@ -255,6 +262,7 @@ class Settings(BaseSettings):
     metadata: Metadata = Metadata()
     models: Models = Models(allow_unlisted=True)
     loras: Loras = Loras()
+    prompts: Prompts = Prompts()
     usage: Usage = Usage()
     llm: Llm = Llm()
     safety: Safety = Safety()

@@ -67,13 +67,13 @@ def generate(
     pipe = resident.pipeline(_kind(plans[0]))
     # 1. A scheduler of this batch's own: schedulers keep state, and sharing one mixes requests up.
     pipe.scheduler, named = make_scheduler(resident, plans[0].scheduler)
-    # 2. Each prompt to embeddings, once for all its pictures.
+    # 2. Each prompt to embeddings, once for all the pictures that share it.
     began = last_step = time.perf_counter()
     failed: dict[int, Problem] = {}
-    embedded: dict[int, Embedded] = {}
+    embedded: dict[int, list[Embedded]] = {}
     for i, plan in enumerate(plans):
         try:
-            embedded[i] = prompts.embed(pipe, family, plan)
+            embedded[i] = _embedded(pipe, family, plan)
         except Problem as problem:
             failed[i] = problem
     inputs = [_input(plan) for plan in plans]
@@ -88,12 +88,12 @@ def generate(
 
     # 3. Denoise and decode, in batches that fit.
     pictures: list[list[Pixels]] = [[] for _ in plans]
-    for batch in _batches(plans, embedded, max_batch):
+    for batch in _batches(embedded, max_batch):
         check()
         steps_run = 0
-        generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]
+        generators = [torch.Generator("cpu").manual_seed(plans[i].seeds[k]) for i, k in batch]
         arrays = pipe(
-            **_stacked([embedded[i].arguments for i, _ in batch]),
+            **_stacked([embedded[i][k].arguments for i, k in batch]),
             **_arguments(pipe, plans[0], [inputs[i] for i, _ in batch], generators, family),
             generator=generators,
             output_type="np",
@@ -118,11 +118,21 @@ def generate(
     ]
 
 
-def _batches(plans: list[Plan], embedded: dict[int, Embedded], max_batch: int) -> Iterator[list[tuple[int, int]]]:
-    """(plan, seed) of every picture, at most `max_batch` at once. Prompts of different length do not
+def _embedded(pipe: Any, family: Family, plan: Plan) -> list[Embedded]:
+    """The prompts of each picture of a plan."""
+    made: dict[tuple[str, str], Embedded] = {}
+    for picture in range(len(plan.seeds)):
+        words = plan.words(picture)
+        if words not in made:
+            made[words] = prompts.embed(pipe, family, plan, picture)
+    return [made[plan.words(picture)] for picture in range(len(plan.seeds))]
+
+
+def _batches(embedded: dict[int, list[Embedded]], max_batch: int) -> Iterator[list[tuple[int, int]]]:
+    """Plan and place in it of every picture, at most `max_batch` at once. Prompts of different length do not
     share a batch: one that is padded to the other's length is not what it is alone."""
-    rows = [(i, seed) for i in embedded for seed in plans[i].seeds]
-    for _, alike in itertools.groupby(rows, key=lambda row: [t.shape for t in embedded[row[0]].arguments.values()]):
+    rows = [(i, k) for i, each in embedded.items() for k in range(len(each))]
+    for _, alike in itertools.groupby(rows, key=lambda row: [t.shape for t in embedded[row[0]][row[1]].arguments.values()]):
         remaining = list(alike)
         for start in range(0, len(remaining), max_batch):
             yield remaining[start : start + max_batch]
@@ -134,9 +144,11 @@ def _stacked(arguments: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _ran(
-    resident: Resident, plan: Plan, loras: list[AppliedLora], embedded: Embedded, named: Scheduler, steps_run: int, picture: Pixels, timing: Timing
+    resident: Resident, plan: Plan, loras: list[AppliedLora], embedded: list[Embedded], named: Scheduler, steps_run: int, picture: Pixels, timing: Timing
 ) -> Ran:
     model = resident.entry.model
+    by_name = {one.name: one for each in embedded for one in each.used}
+    used = [by_name[planned.name] for planned in plan.embeddings]
     return Ran(
         model_id=resident.entry.id,
         model_sha256=resident.sha256,
@@ -152,17 +164,18 @@ def _ran(
         height=picture.height,
         clip_skip=plan.clip_skip,
         loras=loras,
-        embeddings=embedded.used,
+        embeddings=used,
         strength=plan.strength,
         inpainting=plan.inpainting,
         prompt=plan.prompt,
         negative_prompt=plan.negative_prompt,
-        prompt_tokens=embedded.tokens,
-        prompt_tokens_cut=embedded.cut,
+        expansion=plan.expansion,
+        prompt_tokens=max(each.tokens for each in embedded),
+        prompt_tokens_cut=max(each.cut for each in embedded),
         licence=model.licence,
-        commercial_use=model.commercial_use and all(part.commercial_use for part in (*loras, *embedded.used)),
-        credit=list(dict.fromkeys(filter(None, [model.credit, *(part.credit for part in (*loras, *embedded.used))]))),
-        notes=[*plan.notes, *embedded.notes, *_told(plan.loras, loras), *_told(plan.embeddings, embedded.used)],
+        commercial_use=model.commercial_use and all(part.commercial_use for part in (*loras, *used)),
+        credit=list(dict.fromkeys(filter(None, [model.credit, *(part.credit for part in (*loras, *used))]))),
+        notes=[*plan.notes, *dict.fromkeys(note for each in embedded for note in each.notes), *_told(plan.loras, loras), *_told(plan.embeddings, used)],
         libraries=libraries(),
         timing=timing,
     )

@@ -81,21 +81,24 @@ def parse_weights(prompt: str) -> Fragments:
     return [(t, w) for t, w in merged if t.strip()] or [("", 1.0)]
 
 
-def embed(pipe: DiffusionPipeline, family: Family, plan: Plan) -> Embedded:
-    """Everything the pipeline needs of the prompts, as its keyword arguments: tensors, (1, ...).
+def embed(pipe: DiffusionPipeline, family: Family, plan: Plan, picture: int = 0) -> Embedded:
+    """Everything the pipeline needs of the prompts of a picture, as its keyword arguments: tensors, (1, ...).
 
     Raises:
         Problem: as `textual_inversion.read`.
     """
+    texts = plan.words(picture)
     with torch.inference_mode():
         if family == "flux":
-            return _for_flux(pipe, plan)
+            return _for_flux(pipe, texts[0])
         encoders = [pipe.text_encoder, *([pipe.text_encoder_2] if family == "sdxl" else [])]
         widths = [encoder.config.hidden_size for encoder in encoders]
-        new = read(plan.embeddings, plan.prompt + plan.negative_prompt, widths, plan.model_id)
+        words = "\n".join(texts)
+        named = embeddings.named(words, [one.name for one in plan.embeddings])
+        new = read([one for one in plan.embeddings if one.name in named], words, widths, plan.model_id)
         marks = {one.planned.name: one.mark for one in new}
         # Marked before the weights are read: a name may have brackets.
-        prompts = [parse_weights(embeddings.replace(text, marks, marks.__getitem__)) for text in (plan.prompt, plan.negative_prompt)]
+        prompts = [parse_weights(embeddings.replace(text, marks, marks.__getitem__)) for text in texts]
         return (_for_sdxl if family == "sdxl" else _for_sd)(pipe, prompts, plan.clip_skip, new)
 
 
@@ -132,15 +135,15 @@ def _for_sdxl(pipe: DiffusionPipeline, prompts: list[Fragments], clip_skip: int,
     return Embedded(arguments, tokens, 0, notes, [one.applied for one in new])
 
 
-def _for_flux(pipe: DiffusionPipeline, plan: Plan) -> Embedded:
+def _for_flux(pipe: DiffusionPipeline, prompt: str) -> Embedded:
     limit = 512
-    tokens = len(pipe.tokenizer_2(plan.prompt, truncation=False).input_ids) - 1
+    tokens = len(pipe.tokenizer_2(prompt, truncation=False).input_ids) - 1
     notes = []
-    if any(weight != 1 for _, weight in parse_weights(plan.prompt)):
+    if any(weight != 1 for _, weight in parse_weights(prompt)):
         notes.append("prompt weights are plain text to this model")
-    if len(pipe.tokenizer(plan.prompt, truncation=False).input_ids) > pipe.tokenizer.model_max_length:
+    if len(pipe.tokenizer(prompt, truncation=False).input_ids) > pipe.tokenizer.model_max_length:
         notes.append("the CLIP embedding holds the prompt's first 75 tokens; T5 reads up to 512")
-    embeds, pooled, _ = pipe.encode_prompt(plan.prompt, None, device=pipe._execution_device, max_sequence_length=limit)
+    embeds, pooled, _ = pipe.encode_prompt(prompt, None, device=pipe._execution_device, max_sequence_length=limit)
     return Embedded({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, tokens, max(0, tokens - (limit - 1)), notes, [])
 
 
