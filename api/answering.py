@@ -165,6 +165,8 @@ def describe(ran: Ran, seeds: list[int]) -> dict[str, str]:
         headers["X-Easel-Degraded"] = ran.degraded
     if ran.flagged is not None:
         headers["X-Easel-Flagged"] = ",".join(map(str, ran.flagged)) or "none"
+    if ran.experiment:
+        headers["X-Easel-Experiment"] = f"{ran.experiment}; variant={ran.variant}"
     if ran.notes:
         headers["X-Easel-Notes"] = "; ".join(ran.notes)
     return {name: _safe(value) for name, value in headers.items()}

@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from api import routing
 from api.routing import Runner
+from core import settings, trials
 from core.generation import Generation, Plan, RunnerStatus
 from core.placement import MAX_WORKERS, runner_of
 from core.problems import Problem, cancelled, problem, unavailable
@@ -97,6 +98,8 @@ async def generate(plan: Plan, request: Request | None, name: Service = "StableD
     """
     able = workers_of(name)
     several = len(able) > 1
+    if plan.experiment and plan.experiment.counts:
+        await asyncio.to_thread(trials.configured(settings.load()).count, plan.experiment)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         while True:
@@ -115,6 +118,8 @@ async def generate(plan: Plan, request: Request | None, name: Service = "StableD
         raise Problem(generation.problem)
     if several and generation.ran:
         generation.ran.worker = worker
+    if plan.experiment and generation.ran:
+        generation.ran.experiment, generation.ran.variant = plan.experiment.experiment, plan.experiment.variant
     return generation
 
 

@@ -13,7 +13,7 @@ import uuid
 from dataclasses import dataclass
 from typing import get_args
 
-from core import inpainting, schedulers
+from core import inpainting, schedulers, trials
 from core.generation import GenerationRequest, Inputs, Pixels, Plan, Task
 from core.loras import Lora, Registry, rights
 from core.loras.registry import Kind
@@ -167,6 +167,11 @@ class Catalogue:
         Raises:
             Problem: 422 that lists every field that cannot be honoured.
         """
+        assigned = None
+        if request.experiment is not None:
+            request, assigned = trials.configured(self.settings).applied(request, client)
+        elif request.subject is not None:
+            raise invalid_field("subject", "only has a meaning with an experiment", "leave it out, or name an experiment", request.subject)
         entry, limits = self.find(request.model_id), self.settings.limits
         image = inputs.image if inputs else None
         errors: list[FieldError] = []
@@ -224,6 +229,7 @@ class Catalogue:
         return Plan(
             id=uuid.uuid4().hex,
             client=client,
+            experiment=assigned,
             model_id=entry.id,
             prompt=worded.prompt,
             negative_prompt=worded.negative_prompt,

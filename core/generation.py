@@ -44,6 +44,7 @@ def _no_control_characters(text: str) -> str:
 Precision = Annotated[Dtype, BeforeValidator(usual_dtype_name)]
 Format = Annotated[ImageFormat, BeforeValidator(_usual_format_name)]
 Text = Annotated[str, AfterValidator(_no_control_characters)]
+Subject = Annotated[str, AfterValidator(_no_control_characters), Field(min_length=1, max_length=200)]
 
 
 class Sampling(BaseModel):
@@ -88,6 +89,8 @@ class GenerationRequest(InpaintingFields, Sampling):
     commercial: bool = Field(False, description="true: refuse unless the model and every LoRA allow commercial use.")
     format: Format = Field("png", description="The pictures' file format.")
     quality: int = Field(90, ge=1, le=100, description="For jpeg and webp.")
+    experiment: str | None = Field(None, max_length=64, description="Take part in this experiment: it decides some of the settings.")
+    subject: Subject | None = Field(None, description="Who takes part: the same gets the same variant. Left out: the API key.")
 
 
 class Pixels(BaseModel):
@@ -140,6 +143,16 @@ class Expansion(BaseModel):
     negative_prompts: list[str]
 
 
+class Assigned(BaseModel):
+    """A request's part in an experiment: its variant, the hash that stands for its subject, and whether it counts."""
+
+    model_config = ConfigDict(frozen=True)
+    experiment: str
+    variant: str
+    subject: str
+    counts: bool
+
+
 class Plan(BaseModel):
     """A request that can run: every value decided, except what only the device knows (dtype)."""
 
@@ -170,6 +183,7 @@ class Plan(BaseModel):
     task: Task = "generate"
     images: list[Pixels] = []  # for UniDiffuser: each is captioned, embedded or varied with every seed
     data_type: int = 1  # UniDiffuser's own argument, see core.multimodal
+    experiment: Assigned | None = None
 
     def words(self, picture: int) -> tuple[str, str]:
         """The prompt and the negative prompt of a picture, counted from 0."""
@@ -180,7 +194,7 @@ class Plan(BaseModel):
     @property
     def batch_key(self) -> str:
         """Plans with equal keys can share a batch: all but prompts, seeds and input pictures is alike."""
-        own = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "deadline_s", "notes"}
+        own = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "deadline_s", "notes", "experiment"}
         return f"{self.image is None} {self.inpainting is None} {self.model_dump_json(exclude=own)}"
 
 
@@ -254,6 +268,8 @@ class Ran(BaseModel):
     worker: str | None = None  # which one, where the runner has several
     degraded: str | None = None  # how it ran with less memory than usual
     flagged: list[int] | None = None
+    experiment: str | None = None
+    variant: str | None = None  # of the experiment
     libraries: dict[str, str]
     timing: Timing
 

@@ -178,6 +178,12 @@ class Usage(Section):
     path: Path | None = Path("usage.sqlite3")
 
 
+class Experiments(Section):
+    """What happens in experiments: an SQLite file beside the configuration; null for none."""
+
+    path: Path | None = Path("experiments.sqlite3")
+
+
 class Llm(Section):
     """The language model that helps with prompts; without `url` there is none."""
 
@@ -264,6 +270,7 @@ class Settings(BaseSettings):
     loras: Loras = Loras()
     prompts: Prompts = Prompts()
     usage: Usage = Usage()
+    experiments: Experiments = Experiments()
     llm: Llm = Llm()
     safety: Safety = Safety()
     stable_diffusion: Runner = Runner()
