@@ -16,7 +16,7 @@ from typing import Protocol
 from core.generation import Generation, Plan, RunnerStatus
 
 log = logging.getLogger("easel.api")
-ASK_S = 1.0  # how long a request waits for the workers' statuses
+ASK_S = 3.0  # how long a request waits for the statuses; one that loads a model may be late
 RETRY_S = 0.5
 LOADS, EVICTS = 0.5, 4  # what loading a model costs, in requests that one would rather wait for; more where others must go
 
