@@ -38,8 +38,9 @@ clean:  ## remove the virtual environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Easel needs Python 3.11 or later; set PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv && touch $@
 
-.venv/serve.stamp: .venv/python.stamp requirements.lock
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements.lock && touch $@
+.venv/serve.stamp: .venv/python.stamp requirements.lock requirements-upscale.lock
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements-upscale.lock && touch $@
 
 .venv/test.stamp: .venv/serve.stamp requirements-dev.lock
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.lock -c requirements.lock && touch $@

@@ -22,6 +22,7 @@ from core import images, metadata
 from core.generation import Generation, GenerationRequest, ImageFormat, Ran
 from core.multimodal import PicturesRequest
 from core.problems import problem
+from core.upscaling import UpscaleRequest
 
 _IMAGES: dict[str, ImageFormat] = {"image/webp": "webp", "image/jpeg": "jpeg", "image/png": "png"}
 _OTHERS = ("application/zip", "multipart/mixed", "application/json")
@@ -36,7 +37,7 @@ class GenerationResponse(BaseModel):
     ran: Ran
 
 
-def choose(accept: str, request: GenerationRequest | PicturesRequest) -> tuple[str, ImageFormat]:
+def choose(accept: str, request: GenerationRequest | PicturesRequest | UpscaleRequest) -> tuple[str, ImageFormat]:
     """The media type to answer with and the pictures' format.
 
     An `Accept` that names a picture type chooses the format, unless `format` was asked for.
@@ -65,7 +66,7 @@ def negotiate(accept: str, offers: list[str]) -> str:
     return str(best)
 
 
-async def answer(generation: Generation, request: GenerationRequest, accept: str, embed: bool) -> Response:
+async def answer(generation: Generation, request: GenerationRequest | UpscaleRequest, accept: str, embed: bool) -> Response:
     """Encode the pictures (in a worker thread) and build the response."""
     media_type, format = choose(accept, request)
     return await asyncio.to_thread(_build, generation, media_type, format, request.quality, embed)
@@ -155,6 +156,10 @@ def describe(ran: Ran, seeds: list[int]) -> dict[str, str]:
         "X-Easel-Credit": ", ".join(ran.credit) or "not required",
         "Server-Timing": timing,
     }
+    if ran.hires:
+        headers["X-Easel-Hires"] = f"{ran.hires.first[0]}x{ran.hires.first[1]};scale={ran.hires.scale:g};upscaler={ran.hires.upscaler};steps={ran.hires.steps};strength={ran.hires.strength:g}"
+    if ran.upscale:
+        headers["X-Easel-Upscale"] = f"{ran.upscale.first[0]}x{ran.upscale.first[1]};scale={ran.width / ran.upscale.first[0]:.4g};tiles={ran.upscale.tiles}"
     if ran.loras:
         headers["X-Easel-Loras"] = ", ".join(f"{x.name}:{x.weight:g};layers={x.layers};unmatched={x.unmatched}" for x in ran.loras)
     if ran.embeddings:

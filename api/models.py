@@ -33,7 +33,7 @@ async def get_available_stable_diffs(request: Request) -> dict[str, Any]:
             "licence": entry.model.licence,
             "commercial_use": entry.model.commercial_use,
         }
-        for entry in catalogue.entries.values()
+        for entry in catalogue.generators.values()
     ]
     return {"default": settings.models.default, "models": models}
 
@@ -73,7 +73,10 @@ def _offer(catalogue: Catalogue, here: list[RunnerStatus]) -> dict[str, Any]:
         "device": ", ".join(dict.fromkeys(status.device for status in here)) or None,
         "models": [
             entry.capabilities(catalogue.settings.limits) | {"loras": catalogue.fitting("lora", entry), "embeddings": catalogue.fitting("embedding", entry), "state": states.get(entry.id, "cold")}
-            for entry in catalogue.entries.values()
+            for entry in catalogue.generators.values()
+        ],
+        "upscalers": [
+            entry.capabilities(catalogue.settings.limits) | {"state": states.get(entry.id, "cold")} for entry in catalogue.upscalers.values()
         ],
     }
 

@@ -13,16 +13,20 @@ import uuid
 from dataclasses import dataclass
 from typing import get_args
 
-from core import inpainting, schedulers, trials
+from core import hires, inpainting, schedulers, trials
 from core.generation import GenerationRequest, Inputs, Pixels, Plan, Task
 from core.loras import Lora, Registry, rights
 from core.loras.registry import Kind
 from core.problems import FieldError, Problem, invalid, invalid_field, nearest
-from core.settings import Dtype, Family, Limits, Model, Models, Settings, UniDiffuser, beside_configuration
+from core.settings import UPSCALERS, Dtype, Family, Limits, Model, Models, Settings, UniDiffuser, beside_configuration
 from core.wording import Writer
 
 _SEEDS = random.SystemRandom()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def random_seed() -> int:
+    return _SEEDS.randrange(2**32)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class FamilyTraits:
     prompt_weights: bool = True
     clip_skip: bool = True
     flow: bool = False
+    upscaler: bool = False  # makes a given picture larger; its size is that of its tiles
     multimodal: bool = False  # UniDiffuser: one size, schedulers that do not scale, and core.multimodal's tasks
 
 
@@ -53,6 +58,10 @@ FAMILIES: dict[Family, FamilyTraits] = {
     "sdxl": FamilyTraits(1024, 256, 2048, 8, 30, 5.0, "float16"),
     "flux": FamilyTraits(1024, 256, 2048, 16, 28, 3.5, "bfloat16", 512, negative_prompt=False, prompt_weights=False, clip_skip=False, flow=True),
     "unidiffuser": FamilyTraits(512, 8, 512, 8, 20, 8.0, "float16", 77, negative_prompt=False, prompt_weights=False, clip_skip=False, multimodal=True),
+    # Networks (ESRGAN and its kin) have no steps. The diffusion upscalers' tiles, steps and guidance: diffusers' defaults and the cards.
+    "upscaler": FamilyTraits(256, 8, 4096, 1, 0, 0.0, "float16", negative_prompt=False, prompt_weights=False, clip_skip=False, upscaler=True),
+    "sd_x4_upscaler": FamilyTraits(256, 8, 4096, 8, 75, 9.0, "float16", clip_skip=False, upscaler=True),
+    "latent_upscaler": FamilyTraits(512, 64, 4096, 64, 20, 0.0, "float16", prompt_weights=False, clip_skip=False, upscaler=True),
 }
 
 
@@ -85,12 +94,19 @@ class Entry:
         return self.model.num_inference_steps or self.traits.num_inference_steps
 
     @property
+    def scale(self) -> int:
+        """An upscaler's factor; 1 for other models."""
+        return self.model.scale or UPSCALERS.get(self.model.family, 1)
+
+    @property
     def guidance(self) -> float:
         return self.traits.guidance_scale if self.model.guidance_scale is None else self.model.guidance_scale
 
     def capabilities(self, limits: Limits) -> dict[str, object]:
         """What may be asked of this model, as GET /capabilities tells it."""
         t = self.traits
+        if t.upscaler:
+            return self._upscaler_capabilities(limits)
         return {
             "model_id": self.id,
             "family": self.model.family,
@@ -111,6 +127,24 @@ class Entry:
             "credit": self.model.credit,
         }
 
+    def _upscaler_capabilities(self, limits: Limits) -> dict[str, object]:
+        steps = self.model.family != "upscaler"
+        return {
+            "model_id": self.id,
+            "family": self.model.family,
+            "modes": ["upscale"],
+            "scale": {"default": self.scale, "min": 1, "max": self.scale},
+            "pixels": {"max": limits.upscaled_pixels},
+            "tile": self.size,
+            "num_inference_steps": {"default": self.steps, "min": 1, "max": limits.num_inference_steps} if steps else None,
+            "guidance_scale": {"default": self.guidance, "min": 0, "max": 30} if steps else None,
+            "noise_level": {"default": 20, "min": 0, "max": 350} if self.model.family == "sd_x4_upscaler" else None,
+            "torch_dtypes": ["float16", "bfloat16", "float32"],
+            "licence": self.model.licence,
+            "commercial_use": self.model.commercial_use,
+            "credit": self.model.credit,
+        }
+
 
 class Catalogue:
     """A runner's models, by id: of `settings.models`, or of `models` where those are others."""
@@ -121,6 +155,16 @@ class Catalogue:
         self.entries = {m.id: Entry(m, FAMILIES[m.family]) for m in self.models.catalogue}
         self.registry = Registry(beside_configuration(settings.loras.registry), beside_configuration(settings.loras.folder))
         self.writer = Writer(settings, self.registry, self.family_of, self._fitting)
+
+    @property
+    def generators(self) -> dict[str, Entry]:
+        """The models that draw pictures."""
+        return {id: entry for id, entry in self.entries.items() if not entry.traits.upscaler}
+
+    @property
+    def upscalers(self) -> dict[str, Entry]:
+        """The models that enlarge them; see core.upscaling."""
+        return {id: entry for id, entry in self.entries.items() if entry.traits.upscaler}
 
     def find(self, model_id: str | None) -> Entry:
         """The entry for an id, or the default one.
@@ -133,7 +177,7 @@ class Catalogue:
             return entry
         if self.models.allow_unlisted:
             return self._guess(name)
-        known = list(self.entries)
+        known = list(self.generators)
         raise invalid_field("model_id", f"there is no model {name!r}{nearest(name, known)}", known, name)
 
     def _guess(self, name: str) -> Entry:
@@ -177,6 +221,8 @@ class Catalogue:
         errors: list[FieldError] = []
         notes: list[str] = []
         traits = entry.traits
+        if traits.upscaler:
+            raise invalid_field("model_id", f"{entry.id} is an upscaler: POST /upscale a picture to it", list(self.generators), entry.id)
 
         def refuse(field: str, message: str, allowed: str | list[str] | None, given: object) -> None:
             errors.append(FieldError(field=field, message=message, allowed=allowed, given=str(given)[:80]))
@@ -205,7 +251,15 @@ class Catalogue:
                 sizes = str(entry.size) if traits.multimodal else f"{entry.min_size} to {entry.max_size}, a multiple of {traits.multiple}"
                 refuse(name, f"does not fit {entry.id}", sizes, value)
         scheduler = schedulers.find(request.scheduler, traits.flow, image is not None, traits.multimodal).name if request.scheduler else None
-        first = request.seed if request.seed is not None and request.seed >= 0 else _SEEDS.randrange(2**32)
+        second, told = hires.plan(request, (width, height), steps, traits.multiple, entry.max_size, limits.num_inference_steps, self._for_hires(), refuse)
+        notes += told
+        if request.hr_scale is not None and traits.multimodal:
+            refuse("hr_scale", f"{entry.id} ({entry.model.family}) makes pictures of one size", "leave it out", request.hr_scale)
+        elif request.hr_scale is not None and image is not None:
+            refuse("hr_scale", "is for pictures from a prompt alone; img2img at a larger size does the same", "leave it out, or send no image", request.hr_scale)
+        elif second and scheduler and traits.flow:
+            schedulers.find(scheduler, traits.flow, image_to_image=True)
+        first = request.seed if request.seed is not None and request.seed >= 0 else random_seed()
         seeds = [first + i for i in range(min(request.count_returned, limits.count_returned))]
         worded = self.writer.write(request, entry.model.family, seeds, errors, notes)
         if worded.negative_prompt and not traits.negative_prompt:
@@ -249,12 +303,17 @@ class Catalogue:
             image=image,
             mask=inputs.mask if inputs else None,
             inpainting=inpaint[0] if inpaint else None,
+            hires=second,
             deadline_s=min(request.deadline_s or self.queue.deadline_s, self.queue.deadline_s),
             notes=notes,
         )
 
     def _fitting(self, family: Family) -> list[str]:
         return [entry.id for entry in self.entries.values() if entry.model.family == family]
+
+    def _for_hires(self) -> list[str]:
+        """The upscalers of a second pass; those with a prompt of their own are no part of one."""
+        return [id for id, entry in self.upscalers.items() if entry.model.family == "upscaler"]
 
     def _size(self, entry: Entry, request: GenerationRequest, image: Pixels | None) -> tuple[int, int]:
         """Width and height: as asked; else the input image's shape at the model's usual area."""

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from core.inpainting import Inpainting, InpaintingFields
 from core.problems import ProblemDetails
@@ -86,6 +95,10 @@ class GenerationRequest(InpaintingFields, Sampling):
     lora_triggers: Literal["off", "auto"] = Field("off", description="auto adds the LoRAs' trigger words that the prompt lacks.")
     styles: str | None = Field(None, max_length=2000, description="Styles by name, separated by commas; see GET /styles.")
     dynamic_prompts: bool = Field(False, description="true: expand `{a|b}` and `__wildcards__`, for picture i by seed + i; see GET /wildcards.")
+    hr_scale: float | None = Field(None, gt=1, le=4, allow_inf_nan=False, description="Hires-fix: enlarge the picture by so much and draw it over.")
+    hr_upscaler: str | None = Field(None, max_length=300, description="latent (default), lanczos, or an upscaler of the catalogue.")
+    hr_steps: int | None = Field(None, ge=1, description="Steps of the second pass; as many as the first's if left out.")
+    hr_strength: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="How much the second pass redraws (A1111's denoising strength). Default 0.7.")
     commercial: bool = Field(False, description="true: refuse unless the model and every LoRA allow commercial use.")
     format: Format = Field("png", description="The pictures' file format.")
     quality: int = Field(90, ge=1, le=100, description="For jpeg and webp.")
@@ -153,6 +166,37 @@ class Assigned(BaseModel):
     counts: bool
 
 
+class Hires(BaseModel):
+    """A second pass over an enlarged picture: from `first` (width, height) to `width` x `height` by
+    `upscaler` (latent, lanczos, or an id of the catalogue), then `steps` of img2img at `strength`."""
+
+    model_config = ConfigDict(frozen=True)
+    scale: float
+    first: tuple[int, int]
+    width: int
+    height: int
+    upscaler: str
+    steps: int
+    strength: float
+
+    @property
+    def model_id(self) -> str | None:
+        """The upscaler, where it is a model."""
+        return None if self.upscaler in ("latent", "lanczos") else self.upscaler
+
+
+class Upscale(BaseModel):
+    """What an upscaler does with a picture of `first` (width, height): by its own factor `scale` in tiles
+    of the side `tile`, pixels. `noise_level` is the SD x4 upscaler's own."""
+
+    model_config = ConfigDict(frozen=True)
+    scale: int
+    first: tuple[int, int]
+    tile: int
+    tiles: int
+    noise_level: int | None = None
+
+
 class Plan(BaseModel):
     """A request that can run: every value decided, except what only the device knows (dtype)."""
 
@@ -180,6 +224,8 @@ class Plan(BaseModel):
     inpainting: Inpainting | None = None
     deadline_s: float
     notes: list[str]
+    hires: Hires | None = None
+    upscale: Upscale | None = None  # then the picture is enlarged, and nothing else
     task: Task = "generate"
     images: list[Pixels] = []  # for UniDiffuser: each is captioned, embedded or varied with every seed
     data_type: int = 1  # UniDiffuser's own argument, see core.multimodal
@@ -190,6 +236,11 @@ class Plan(BaseModel):
         if self.expansion is None:
             return self.prompt, self.negative_prompt
         return self.expansion.prompts[picture], self.expansion.negative_prompts[picture]
+
+    @property
+    def models(self) -> list[str]:
+        """The models that it runs, its own first."""
+        return [self.model_id, *([self.hires.model_id] if self.hires and self.hires.model_id else [])]
 
     @property
     def batch_key(self) -> str:
@@ -256,6 +307,8 @@ class Ran(BaseModel):
     embeddings: list[AppliedEmbedding] = []
     strength: float | None
     inpainting: Inpainting | None = None
+    hires: Hires | None = None
+    upscale: Upscale | None = None
     prompt: str
     negative_prompt: str
     expansion: Expansion | None = None
@@ -267,7 +320,8 @@ class Ran(BaseModel):
     notes: list[str]
     worker: str | None = None  # which one, where the runner has several
     degraded: str | None = None  # how it ran with less memory than usual
-    flagged: list[int] | None = None
+    # Without a type in the schema: BentoML's client cannot read a null where a list may be.
+    flagged: Annotated[list[int] | None, WithJsonSchema({"description": "Seeds; null: not checked."})] = None
     experiment: str | None = None
     variant: str | None = None  # of the experiment
     libraries: dict[str, str]

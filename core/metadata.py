@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 from core import embeddings
-from core.generation import Generation, Ran
+from core.generation import Generation, Hires, Ran
 from core.inpainting import SIDES, Inpainting
 
 
@@ -35,29 +35,34 @@ def parameters(ran: Ran, seed: int) -> str:
     """A1111's infotext: the prompt with a tag for each LoRA, `Negative prompt: ...`, and a line of
     settings. `Lora hashes` are AutoV2, the first ten digits of the file's SHA-256; `TI hashes`,
     of embeddings, the first twelve, as A1111 has them. `Template` is what its dynamic prompts were made of."""
+    strength = ran.hires.strength if ran.hires else ran.strength
     hashes = ", ".join(f"{lora.name}: {lora.sha256[:10]}" for lora in ran.loras)
+    if ran.upscale and not ran.num_inference_steps:
+        return _line(_upscaled(ran))
     settings: dict[str, object] = {
         "Steps": ran.num_inference_steps,
         "Sampler": ran.scheduler,
         "Schedule type": ran.schedule,
         "CFG scale": f"{ran.guidance_scale:g}",
         "Seed": seed,
-        "Size": f"{ran.width}x{ran.height}",
+        "Size": "{}x{}".format(*(ran.hires.first if ran.hires else (ran.width, ran.height))),
         "Model hash": ran.model_sha256[:10],
         "Model": ran.model_id,
         "Clip skip": ran.clip_skip + 1 if ran.clip_skip else None,
-        "Denoising strength": None if ran.strength is None else f"{ran.strength:g}",
+        "Denoising strength": None if strength is None else f"{strength:g}",
         **(_inpainting(ran.inpainting) if ran.inpainting else {}),
+        **(_hires(ran.hires) if ran.hires else {}),
         "Lora hashes": hashes or None,
         "TI hashes": ", ".join(f"{x.name}: {x.sha256[:12]}" for x in ran.embeddings) or None,
         "Template": ran.expansion and ran.expansion.template,
         "Negative Template": (ran.expansion and ran.expansion.negative_template) or None,
+        **(_upscaled(ran) if ran.upscale else {}),
         "Version": f"easel {ran.libraries['easel']}",
     }
     lines = [" ".join([ran.prompt, *(f"<lora:{lora.name}:{lora.weight:g}>" for lora in ran.loras)]).strip()]
     if ran.negative_prompt:
         lines.append(f"Negative prompt: {ran.negative_prompt}")
-    lines.append(", ".join(f"{key}: {_quote(value)}" for key, value in settings.items() if value is not None))
+    lines.append(_line(settings))
     return "\n".join(lines)
 
 
@@ -71,6 +76,26 @@ def _inpainting(inpainting: Inpainting) -> dict[str, object]:
         "Inpaint area": "Only masked" if inpainting.full_res else None,
         "Masked area padding": inpainting.padding,
         **sides,
+    }
+
+
+def _line(settings: dict[str, object]) -> str:
+    return ", ".join(f"{key}: {_quote(value)}" for key, value in settings.items() if value is not None)
+
+
+def _hires(hires: Hires) -> dict[str, object]:
+    upscaler = hires.upscaler if hires.model_id else hires.upscaler.title()
+    return {"Hires upscale": f"{hires.scale:g}", "Hires steps": hires.steps, "Hires upscaler": upscaler}
+
+
+def _upscaled(ran: Ran) -> dict[str, object]:
+    """As A1111's "extras" write it; all there is of a network, which has no steps."""
+    assert ran.upscale is not None
+    return {
+        "Postprocess upscale by": f"{ran.width / ran.upscale.first[0]:.4g}",
+        "Postprocess upscaler": ran.model_id,
+        "Postprocess upscale to": f"{ran.width}x{ran.height}",
+        "Noise level": ran.upscale.noise_level,
     }
 
 

@@ -51,6 +51,8 @@ class Optimise(BaseModel):
         """What of this cannot be had for a model of `family`, or not together."""
         flux = family == "flux"
         found = []
+        if family == "upscaler" and (given := [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]):
+            found.append(f"{', '.join(given)}: is for models with a UNet or transformer; leave it out")
         if flux and self.attention_slicing:
             found.append("attention_slicing: Flux's attention cannot be sliced; leave it out")
         if self.attention_backend and not flux:

@@ -20,7 +20,8 @@ from core.optimising import Optimise
 
 ROOT = Path(__file__).resolve().parent.parent
 
-Family = Literal["starter", "sd15", "sd2", "sdxl", "flux", "unidiffuser"]
+Family = Literal["starter", "sd15", "sd2", "sdxl", "flux", "unidiffuser", "upscaler", "sd_x4_upscaler", "latent_upscaler"]
+UPSCALERS: dict[Family, int] = {"upscaler": 4, "sd_x4_upscaler": 4, "latent_upscaler": 2}  # and their usual factors
 Dtype = Literal["float16", "bfloat16", "float32"]
 NudeNetCategory = Literal[
     "FEMALE_GENITALIA_COVERED", "FACE_FEMALE", "BUTTOCKS_EXPOSED", "FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED",
@@ -62,6 +63,7 @@ class Limits(Section):
     num_inference_steps: Count = 150
     count_returned: Count = 16
     images: Count = 16
+    upscaled_pixels: Count = 4096 * 4096
     loras: Count = 8
 
 
@@ -78,7 +80,8 @@ class Metadata(Section):
 class Model(Section):
     """One entry of the catalogue. `source` is where the weights are if not at `id` itself: a hub
     id, a folder in diffusers' layout, or a single .safetensors file (with `config`, a folder that
-    has the components' configurations)."""
+    has the components' configurations). `size` is a model's usual side; of an upscaler, its tiles', and
+    `scale` its factor."""
 
     id: str
     family: Family
@@ -93,6 +96,7 @@ class Model(Section):
     max_size: Count | None = None
     inpainting: bool = False
     prompt_tokens: Count | None = None
+    scale: Annotated[int, Field(ge=1, le=16)] | None = None
     licence: str = "unknown"
     commercial_use: bool = False
     credit: str | None = None
@@ -103,6 +107,15 @@ class Model(Section):
     def optimisations_go_together(self) -> Model:
         if found := self.optimise.conflicts(self.family, single_file=bool(self.source and self.source.endswith(".safetensors"))):
             raise ValueError(f"{self.id} cannot be optimised so. {'. '.join(found)}")
+        return self
+
+    @model_validator(mode="after")
+    def fits_its_family(self) -> Model:
+        usual = UPSCALERS.get(self.family)
+        if self.scale is not None and (usual is None or (self.family != "upscaler" and self.scale != usual)):
+            raise ValueError(f"{self.id}: scale is for the family upscaler; leave it out")
+        if usual is not None and self.max_size is not None:
+            raise ValueError(f"{self.id}: an upscaler has no max_size; limits.upscaled_pixels holds for all")
         return self
 
 
@@ -129,6 +142,8 @@ class Models(Section):
             for name in [self.default, *self.warm_up]:
                 if name not in ids:
                     raise ValueError(f"{name!r} is not in the catalogue ({', '.join(ids) or 'which is empty'})")
+        if any(m.id == self.default and m.family in UPSCALERS for m in self.catalogue):
+            raise ValueError(f"the default model {self.default!r} is an upscaler, which draws nothing by itself")
         return self
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ from core.images import to_pil
 from core.problems import Problem, invalid_field, problem
 from core.schedulers import Scheduler
 from core.settings import Family
-from runners import inpainting, prompts
+from runners import hires, inpainting, prompts
 from runners.inpainting import Painting
 from runners.loading import Kind
 from runners.prompts import Embedded
@@ -47,7 +47,7 @@ Check = Callable[[], None]
 
 
 def generate(
-    resident: Resident, plans: list[Plan], loras: list[AppliedLora], check: Check, max_batch: int, timings: list[Timing]
+    resident: Resident, plans: list[Plan], loras: list[AppliedLora], check: Check, max_batch: int, timings: list[Timing], upscaler: Resident | None = None
 ) -> list[Generation]:
     """Draw the pictures of plans with one `batch_key`; each gets a generation of its own.
 
@@ -59,6 +59,7 @@ def generate(
         check: raises when the work should stop; called between denoising steps.
         max_batch: how many pictures are denoised at once.
         timings: each plan's, filled in with the milliseconds of the batches that it was part of.
+        upscaler: the network in memory that enlarges pictures for a second pass, where the plans name one.
 
     Raises:
         Problem: what `check` raises.
@@ -92,13 +93,16 @@ def generate(
         check()
         steps_run = 0
         generators = [torch.Generator("cpu").manual_seed(plans[i].seeds[k]) for i, k in batch]
+        stacked, second = _stacked([embedded[i][k].arguments for i, k in batch]), plans[0].hires
         arrays = pipe(
-            **_stacked([embedded[i][k].arguments for i, k in batch]),
+            **stacked,
             **_arguments(pipe, plans[0], [inputs[i] for i, _ in batch], generators, family),
             generator=generators,
-            output_type="np",
+            output_type="latent" if second and second.upscaler == "latent" else "np",
             callback_on_step_end=after_step,
         ).images
+        if second:
+            arrays = hires.redraw(resident, plans[0], make_scheduler(resident, plans[0].scheduler)[0], arrays, upscaler, stacked, [plans[i].seeds[k] for i, k in batch], after_step, check)
         for (i, _), array in zip(batch, arrays, strict=True):
             try:
                 pictures[i].append(_finished(inputs[i], to_pixels(array)))
@@ -167,6 +171,7 @@ def _ran(
         embeddings=used,
         strength=plan.strength,
         inpainting=plan.inpainting,
+        hires=plan.hires,
         prompt=plan.prompt,
         negative_prompt=plan.negative_prompt,
         expansion=plan.expansion,

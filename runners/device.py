@@ -18,7 +18,7 @@ from core import problems
 from core.catalogue import Catalogue, Entry
 from core.generation import Generation, Plan, Timing
 from core.settings import Settings, beside_configuration, secrets
-from runners import denoise, loading, memory, multimodal, optimising, weights
+from runners import denoise, loading, memory, multimodal, optimising, upscaling, weights
 from runners.memory import Way
 from runners.queue import DeviceQueue, Job, Share, check_all
 from runners.residency import Residency, Resident, release_memory
@@ -61,57 +61,61 @@ class Device:
             self.residency.note(entry.id, "failed", problem.details.detail)
             raise
 
-    def submit(self, plan: Plan, path: Path) -> Future[Generation]:
-        """Queue a plan whose model's files are at `path`.
+    def submit(self, plan: Plan, path: Path, others: dict[str, Path] | None = None) -> Future[Generation]:
+        """Queue a plan whose model's files are at `path`, and those of the `others` that it names, by id, at theirs.
 
         Raises:
             Problem: 429 where the queue is full; 507 where it could not fit the memory even alone.
         """
+        paths = {plan.model_id: path, **(others or {})}
         memory.choose(self._request([plan], path), self.residency.budget, self._may_offload)
         rows = multimodal.rows_of(plan) if self.catalogue.find(plan.model_id).traits.multimodal else len(plan.seeds)
         share: Share[Plan, Generation] = Share(
-            plan.batch_key, plan, rows, self.catalogue.models.max_batch, lambda jobs, plans: self._checked(jobs, plans, path)
+            plan.batch_key, plan, rows, self.catalogue.models.max_batch, lambda jobs, plans: self._checked(jobs, plans, paths)
         )
-        return self.queue.submit(Job(plan.id, plan.client, lambda job: self._checked([job], [plan], path)[0], plan.deadline_s, share))
+        return self.queue.submit(Job(plan.id, plan.client, lambda job: self._checked([job], [plan], paths)[0], plan.deadline_s, share))
 
     def unload(self, model_id: str | None) -> Future[int]:
         """Queue the unloading of one model, or of all."""
         job: Job[int] = Job("unload", "admin", lambda _: self.residency.unload(model_id), self.catalogue.queue.deadline_s)
         return self.queue.submit(job)
 
-    def _checked(self, jobs: list[Job[Generation]], plans: list[Plan], path: Path) -> list[Generation]:
+    def _checked(self, jobs: list[Job[Generation]], plans: list[Plan], paths: dict[str, Path]) -> list[Generation]:
         """`_run` for the plans whose pictures may be used; what it draws is looked at before anyone sees it."""
         refused = [self.safety.refusal(plan) for plan in plans]
         fine = [i for i, problem in enumerate(refused) if problem is None]
-        drawn = iter(self._run([jobs[i] for i in fine], [plans[i] for i in fine], path) if fine else [])
+        drawn = iter(self._run([jobs[i] for i in fine], [plans[i] for i in fine], paths) if fine else [])
         return [Generation(problem=problem.details) if problem else self.safety.censor(next(drawn)) for problem in refused]
 
-    def _run(self, jobs: list[Job[Generation]], plans: list[Plan], path: Path) -> list[Generation]:
+    def _run(self, jobs: list[Job[Generation]], plans: list[Plan], paths: dict[str, Path]) -> list[Generation]:
         """In the device's thread: make the model resident, then draw plans that are alike."""
         timings = [Timing(queue=1000 * (time.monotonic() - job.submitted)) for job in jobs]
         plan = plans[0]
         entry = self.catalogue.find(plan.model_id)
         dtype, notes = self._dtype(entry, plan)
-        request = self._request(plans, path)
+        request = self._request(plans, paths[entry.id])
         way = memory.choose(request, self.residency.budget, self._may_offload)
         started = time.perf_counter()
-        room = memory.needed(request, way) - memory.weights_at_rest(entry, path, dtype)
-        resident = self.residency.acquire(entry, path, dtype, room)
+        room = memory.needed(request, way) - memory.weights_at_rest(entry, paths[entry.id], dtype)
+        resident = self.residency.acquire(entry, paths[entry.id], dtype, room)
 
         def check() -> None:
             check_all(jobs)
 
         def draw(way: Way) -> list[Generation]:
             loras = self.residency.adapt(resident, plan.loras)
+            upscaler = self._upscaler(plan, paths, resident)
             for timing in timings:
                 timing.load = 1000 * (time.perf_counter() - started)
             with self._thrift(resident, way):
                 if entry.traits.multimodal:
                     drawn = multimodal.run(resident, plans, check, way.rows, timings)
+                elif plan.upscale:
+                    drawn = [upscaling.run(resident, p, check, timing, way.thrifty) for p, timing in zip(plans, timings, strict=True)]
                 else:
-                    drawn = denoise.generate(resident, plans, loras, check, way.rows, timings)
+                    drawn = denoise.generate(resident, plans, loras, check, way.rows, timings, upscaler)
             for ran in (generation.ran for generation in drawn if generation.ran):
-                ran.degraded = way.told(request.rows)
+                ran.degraded = ran.degraded if entry.model.family == "upscaler" else way.told(request.rows)
             return drawn
 
         check()
@@ -131,7 +135,7 @@ class Device:
             self.residency.touch(resident)
 
     def _thrift(self, resident: Resident, way: Way) -> contextlib.AbstractContextManager[None]:
-        if not way.thrifty:
+        if not way.thrifty or resident.entry.model.family == "upscaler":  # a network runs in smaller tiles
             return contextlib.nullcontext()
         return optimising.thrifty(resident.base, resident.entry.model.optimise, self.torch_device, way.offload)
 
@@ -144,6 +148,14 @@ class Device:
         entry = self.catalogue.find(plans[0].model_id)
         rows = sum(multimodal.rows_of(p) if entry.traits.multimodal else len(p.seeds) for p in plans)
         return memory.Request.of(plans[0], entry, path, self._dtype(entry, plans[0])[0], min(rows, self.catalogue.models.max_batch))
+
+    def _upscaler(self, plan: Plan, paths: dict[str, Path], beside: Resident) -> Resident | None:
+        """The network that enlarges pictures for a plan's second pass, in memory beside its model."""
+        if plan.hires is None or plan.hires.model_id is None:
+            return None
+        entry = self.catalogue.find(plan.hires.model_id)
+        dtype = getattr(torch, "float32" if self.torch_device.type == "cpu" else entry.model.torch_dtype or entry.traits.gpu_dtype)
+        return self.residency.acquire(entry, paths[entry.id], dtype, beside=beside)
 
     def _dtype(self, entry: Entry, plan: Plan) -> tuple[torch.dtype, list[str]]:
         """The precision to run in: as asked, by family on a GPU; no float16 on a CPU."""

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import bentoml
 
-from core import problems
+from core import problems, upscaling
 from core.catalogue import Catalogue, Entry
 from core.draining import Draining
-from core.generation import Generation, GenerationRequest, Plan, RunnerStatus
+from core.generation import Generation, GenerationRequest, Pixels, Plan, RunnerStatus
 from core.settings import Models, Settings
+from core.upscaling import UpscaleRequest
 
 if TYPE_CHECKING:
     from runners.device import Device
@@ -37,7 +38,7 @@ class DiffusionRunner:
         self.catalogue = Catalogue(settings, models)
         self.device: Device = Device(settings, self.catalogue)
         self._fetching: dict[str, asyncio.Task[Path]] = {}
-        self._preparing: dict[str, asyncio.Task[Path]] = {}
+        self._preparing: dict[str, asyncio.Task[dict[str, Path]]] = {}
         self._cold = set(models.warm_up)
 
     @bentoml.on_startup
@@ -55,8 +56,8 @@ class DiffusionRunner:
         """Do what a plan says; a problem comes back as data, so that it keeps its shape."""
         self.draining.in_hand += 1
         try:
-            path = await self._prepared(plan)
-            return await asyncio.wrap_future(self.device.submit(plan, path))
+            paths = await self._prepared(plan)
+            return await asyncio.wrap_future(self.device.submit(plan, paths[plan.model_id], paths))
         except problems.Problem as problem:
             return Generation(problem=problem.details)
         except TimeoutError:
@@ -96,14 +97,14 @@ class DiffusionRunner:
             queue=self.device.queue.status(),
         )
 
-    async def _prepared(self, plan: Plan) -> Path:
-        """The local path of a plan's model.
+    async def _prepared(self, plan: Plan) -> dict[str, Path]:
+        """The local paths of a plan's models, by id.
 
         Raises:
             Problem: what stands in the way; 499 where the plan is cancelled meanwhile.
             TimeoutError: at the plan's deadline.
         """
-        waiting = asyncio.create_task(self._local(self.catalogue.find(plan.model_id)))
+        waiting = asyncio.create_task(self._all_local(plan.models))
         self._preparing[plan.id] = waiting
         try:
             done, _ = await asyncio.wait([waiting], timeout=plan.deadline_s)
@@ -116,6 +117,10 @@ class DiffusionRunner:
         finally:
             del self._preparing[plan.id]
 
+    async def _all_local(self, ids: list[str]) -> dict[str, Path]:
+        paths = await asyncio.gather(*(self._local(self.catalogue.find(id)) for id in ids))
+        return dict(zip(ids, paths, strict=True))
+
     async def _local(self, entry: Entry) -> Path:
         """The model's local path; fetched once, however many ask, and without holding the device."""
         task = self._fetching.get(entry.id)
@@ -125,10 +130,17 @@ class DiffusionRunner:
             task.add_done_callback(lambda _: self._fetching.pop(entry.id, None))
         return await asyncio.shield(task)
 
+    def _warm_up_plan(self, model_id: str) -> Plan:
+        entry = self.catalogue.find(model_id)
+        if entry.traits.upscaler:
+            wanted = UpscaleRequest(model_id=model_id, num_inference_steps=1 if entry.steps else None)
+            return upscaling.plan(self.catalogue, wanted, Pixels(width=8, height=8, data=bytes(192)), "warm-up")
+        return self.catalogue.plan(_WARM_UP.model_copy(update={"model_id": model_id}), None, "warm-up")
+
     async def _warm(self, model_id: str) -> None:
         """Load a model and draw one step; a failure is logged, and readiness does not wait for it."""
         try:
-            plan = self.catalogue.plan(_WARM_UP.model_copy(update={"model_id": model_id}), None, "warm-up")
+            plan = self._warm_up_plan(model_id)
             outcome: Generation = await cast(Any, self.run).local(plan)  # in this process: else BentoML goes by HTTP
             if outcome.problem:
                 log.error("warm-up of %s failed: %s", model_id, outcome.problem.detail)

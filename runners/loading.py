@@ -21,7 +21,9 @@ from diffusers import (
     FluxPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionLatentUpscalePipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
@@ -33,23 +35,25 @@ from transformers.utils import logging as transformers_logging
 from core.catalogue import Entry
 from core.problems import Problem, unavailable
 from core.settings import ROOT, Family
-from runners import optimising
+from runners import optimising, upscalers
 from runners.unidiffuser import Pipeline
 
-Kind = Literal["txt2img", "img2img", "inpaint"]
+Kind = Literal["txt2img", "img2img", "inpaint", "upscale"]
 # A family's pipelines by what they do; UniDiffuser has one for everything. The first is the one that is loaded.
 _SD: dict[Kind, type[DiffusionPipeline]] = {
     "txt2img": StableDiffusionPipeline,
     "img2img": StableDiffusionImg2ImgPipeline,
     "inpaint": StableDiffusionInpaintPipeline,
 }
-CLASSES: dict[Family, dict[Kind, type[DiffusionPipeline]]] = {
+CLASSES: dict[Family, dict[Kind, type[DiffusionPipeline]]] = {  # networks (runners.upscalers) are no pipelines
     "starter": _SD,
     "sd15": _SD,
     "sd2": _SD,
     "sdxl": {"txt2img": StableDiffusionXLPipeline, "img2img": StableDiffusionXLImg2ImgPipeline, "inpaint": StableDiffusionXLInpaintPipeline},
     "flux": {"txt2img": FluxPipeline, "img2img": FluxImg2ImgPipeline, "inpaint": FluxInpaintPipeline},
     "unidiffuser": {"txt2img": Pipeline},
+    "sd_x4_upscaler": {"upscale": StableDiffusionUpscalePipeline},
+    "latent_upscaler": {"upscale": StableDiffusionLatentUpscalePipeline},
 }
 # A server's log is no terminal: no progress bars, and errors alone from the libraries.
 logging.set_verbosity_error()
@@ -80,12 +84,14 @@ def fetch(entry: Entry, token: str | None) -> Path:
     if entry.listed:
         for path in (Path(source).expanduser(), ROOT / source):
             if path.exists():
-                return path
+                return upscalers.file_in(path, entry) if entry.model.family == "upscaler" and path.is_dir() else path
     if entry.model.source and (source.startswith((".", "/", "~")) or source.endswith(".safetensors")):
         raise unavailable(f"The weights of {entry.id} are not at {source}. Put them there, or mend `source` in configuration.yaml.", slug="model-missing")
     try:
+        if entry.model.family == "upscaler":
+            return upscalers.fetch(entry, token)
         return Path(
-            CLASSES[entry.model.family]["txt2img"].download(
+            _base(entry).download(
                 source, revision=entry.model.revision, variant=entry.model.variant, token=token or None, use_safetensors=True
             )
         )
@@ -93,16 +99,26 @@ def fetch(entry: Entry, token: str | None) -> Path:
         raise explain(entry, error) from error
 
 
-def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
-    """Load the text-to-image pipeline from local files onto the device, optimised as its entry says.
+def _base(entry: Entry) -> type[DiffusionPipeline]:
+    """The pipeline of a model that is loaded; the others are made of its components."""
+    kinds = CLASSES[entry.model.family]
+    return kinds["inpaint"] if entry.model.inpainting else next(iter(kinds.values()))
+
+
+def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline | upscalers.Network:
+    """Load a model's first pipeline from local files onto the device, optimised as its entry says.
 
     Raises:
         Problem: 503 where files are missing or broken, or memory does not suffice.
     """
-    cls = CLASSES[entry.model.family]["inpaint" if entry.model.inpainting else "txt2img"]
     optimise = entry.model.optimise
-    extra = {} if entry.model.family in ("sdxl", "flux", "unidiffuser") else _WITHOUT_CHECKER
+    extra = {} if entry.model.family in ("sdxl", "flux", "unidiffuser", "latent_upscaler") else _WITHOUT_CHECKER
+    if entry.model.family == "sd_x4_upscaler":
+        extra = {"safety_checker": None, "feature_extractor": None, "watermarker": None}
     try:
+        if entry.model.family == "upscaler":
+            return upscalers.load(entry, path, dtype).to(device)
+        cls = _base(entry)
         if path.is_file():
             config = entry.model.config and str(ROOT / entry.model.config)
             pipeline = cls.from_single_file(str(path), torch_dtype=dtype, config=config, local_files_only=bool(config), **extra)
@@ -120,7 +136,7 @@ def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> 
 
 def _check_channels(entry: Entry, pipeline: DiffusionPipeline) -> None:
     """Inpainting models look at the mask too: in five channels more, or (Flux Fill) in many."""
-    if entry.traits.multimodal:
+    if entry.traits.multimodal or entry.traits.upscaler:
         return
     latent = pipeline.vae.config.latent_channels
     flow = entry.traits.flow

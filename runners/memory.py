@@ -39,6 +39,11 @@ ACTIVATIONS: dict[Family, Activations] = {
     "sdxl": Activations(79),
     "flux": Activations(205),
     "unidiffuser": Activations(181),
+    # Of an upscaler's tile, enlarged. Networks differ widely: the starter's, among the smallest, has 15. The
+    # diffusion ones: as SD's UNet, by their channels and factors, not counted.
+    "upscaler": Activations(15, 0, 0),
+    "sd_x4_upscaler": Activations(416, encode=0),
+    "latent_upscaler": Activations(156),
 }
 
 
@@ -75,7 +80,12 @@ class Request:
     @classmethod
     def of(cls, plan: Plan, entry: Entry, path: Path, dtype: torch.dtype, rows: int) -> Request:
         guided = plan.guidance_scale > 1 and entry.model.family != "flux"  # Flux is told its guidance, and runs once
-        return cls(entry, path, dtype, plan.width, plan.height, rows, guided, bool(plan.image or plan.images))
+        width, height = plan.width, plan.height
+        if plan.hires:
+            width, height = plan.hires.width, plan.hires.height
+        if plan.upscale:
+            width, height = (min(side, plan.upscale.tile) * plan.upscale.scale for side in plan.upscale.first)
+        return cls(entry, path, dtype, width, height, rows, guided, bool(plan.image or plan.images or plan.hires))
 
 
 def ways(request: Request, may_offload: bool) -> list[Way]:
@@ -92,6 +102,8 @@ def activations(request: Request, way: Way) -> int:
     """Bytes for the tensors of a forward pass."""
     numbers, optimise = ACTIVATIONS[request.entry.model.family], request.entry.model.optimise
     pixels = request.width * request.height
+    if way.thrifty and request.entry.model.family == "upscaler":
+        pixels //= 4  # tiles of half the side
     denoise = numbers.denoise * way.rows * (2 if request.guided else 1) * pixels * request.dtype.itemsize
     vae_rows = 1 if way.thrifty or optimise.vae_slicing else way.rows
     tile = TILE if way.thrifty else request.entry.traits.size if optimise.vae_tiling else math.inf
@@ -166,6 +178,8 @@ def _advice(request: Request, way: Way, budget: int) -> str:
     """What would fit: the largest picture of the same shape, up to the size of `request`."""
     if request.entry.traits.multimodal:
         return "Ask for fewer results or pictures at once."
+    if request.entry.traits.upscaler:
+        return "Give it smaller tiles: a smaller size of its entry in configuration.yaml."
     for percent in range(100, 0, -5):
         width, height = _scaled(request, percent / 100)
         if min(width, height) < request.entry.min_size:

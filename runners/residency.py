@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from runners.loading import Kind
 log = logging.getLogger("easel.residency")
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 Load = Callable[[Entry, Path, torch.dtype, torch.device], DiffusionPipeline]
+Key = tuple[str, torch.dtype]
 
 
 @dataclass
@@ -87,20 +89,22 @@ class Residency:
         self._states: dict[str, tuple[str, str | None]] = {}
         self._lock = threading.Lock()
 
-    def acquire(self, entry: Entry, path: Path, dtype: torch.dtype, room: int = 0) -> Resident:
-        """The model in memory, loaded now if it is not, with `room` bytes beside it for what it computes.
+    def acquire(self, entry: Entry, path: Path, dtype: torch.dtype, room: int = 0, beside: Resident | None = None) -> Resident:
+        """The model in memory, loaded now if it is not, with `room` bytes beside it for what it computes;
+        `beside` stays in memory too.
 
         Raises:
             Problem: 503 where it cannot be loaded, or is larger than the whole budget.
         """
         key = (entry.id, dtype)
+        keep = {key} | _keys(beside)
         if resident := self._residents.get(key):
             resident.used = time.monotonic()
-            self._evict(room, keep=key)
+            self._evict(room, keep)
             return resident
         self.note(entry.id, "loading")
         try:
-            resident = self._bring_in(entry, path, dtype, room)
+            resident = self._bring_in(entry, path, dtype, room, beside)
         except Exception as error:
             problem = loading.explain(entry, error)
             self.note(entry.id, "failed", problem.details.detail)
@@ -109,15 +113,15 @@ class Residency:
         with self._lock:
             self._residents[key] = resident
             self._states.pop(entry.id, None)
-        self._evict(room, keep=key)
+        self._evict(room, keep)
         log.info("loaded %s as %s on %s: %.1f MiB in %.1f s", entry.id, dtype, self.device, resident.bytes / 2**20, resident.load_s)
         return resident
 
-    def _bring_in(self, entry: Entry, path: Path, dtype: torch.dtype, room: int) -> Resident:
+    def _bring_in(self, entry: Entry, path: Path, dtype: torch.dtype, room: int, beside: Resident | None) -> Resident:
         at_rest = memory.weights_at_rest(entry, path, dtype)
         if at_rest > self.budget:
             raise memory.model_too_large(entry, at_rest, self.budget)
-        self._evict(at_rest + room)
+        self._evict(at_rest + room, _keys(beside))
         started, before = time.monotonic(), _allocated(self.device)
         base = self._load(entry, path, dtype, self.device)
         total = optimising.tensor_bytes(base)
@@ -134,7 +138,7 @@ class Residency:
             Problem: see `Adapters.apply`.
         """
         applied = resident.adapters.apply(loras)
-        self._evict(0, keep=(resident.entry.id, resident.dtype))
+        self._evict(0, _keys(resident))
         return applied
 
     def sweep(self) -> None:
@@ -196,10 +200,10 @@ class Residency:
     def _timeout(self, entry: Entry) -> float:
         return entry.model.idle_timeout_s or self.settings.idle_timeout_s
 
-    def _evict(self, room: int, keep: tuple[str, torch.dtype] | None = None) -> None:
+    def _evict(self, room: int, keep: AbstractSet[Key] = frozenset()) -> None:
         """Unload the least recently used until `room` more bytes fit the budget."""
         while self.resident_bytes + room > self.budget:
-            candidates = [k for k in self._residents if k != keep]
+            candidates = [k for k in self._residents if k not in keep]
             if not candidates:
                 return
             self._unload(min(candidates, key=lambda k: self._residents[k].used), "making room")
@@ -210,6 +214,10 @@ class Residency:
         log.info("unloading %s (%s): %.1f MiB", resident.entry.id, why, resident.bytes / 2**20)
         del resident
         release_memory(self.device)
+
+
+def _keys(resident: Resident | None) -> set[Key]:
+    return {(resident.entry.id, resident.dtype)} if resident else set()
 
 
 def release_memory(device: torch.device) -> None:

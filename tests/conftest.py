@@ -132,6 +132,8 @@ def catalogue(miniatures: dict[str, Path]) -> list[dict]:
     """The starter, and the seed's model ids mapped to miniatures."""
     entries: list[dict] = [{"id": "starter/stable-diffusion", "family": "starter", "licence": "Apache-2.0", "commercial_use": True}]
     entries += [{"id": id, "family": family, "source": str(miniatures[family])} for id, family in SEED_MODELS.items()]
+    entries.append({"id": "starter/upscaler", "family": "upscaler", "licence": "Apache-2.0", "commercial_use": True})
+    entries.append({"id": "mini/x4", "family": "sd_x4_upscaler", "source": str(miniatures["sd_x4_upscaler"]), "size": 32})
     entries.append({"id": "missing/model", "family": "sd15", "source": "/nowhere/at/all"})
     entries.append({"id": "unreachable/model", "family": "sd15"})
     return entries

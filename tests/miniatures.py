@@ -11,13 +11,16 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
+    StableDiffusionLatentUpscalePipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UniDiffuserModel,
@@ -144,7 +147,41 @@ def unidiffuser() -> UniDiffuserPipeline:
     )  # fmt: skip
 
 
-MAKERS = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl, "flux": flux, "unidiffuser": unidiffuser}
+def sd_x4_upscaler() -> StableDiffusionUpscalePipeline:
+    """As stabilityai/stable-diffusion-x4-upscaler: a VAE of factor 4, and the small picture beside the latents."""
+    tokenizer = _tokenizer()
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.08333,
+    )  # fmt: skip
+    return StableDiffusionUpscalePipeline(
+        vae=vae, text_encoder=CLIPTextModel(_text_config(tokenizer)), tokenizer=tokenizer,
+        unet=_unet(in_channels=7, num_class_embeds=1000, use_linear_projection=True),
+        low_res_scheduler=DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02),
+        scheduler=DDIMScheduler(**NOISE, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False),
+        safety_checker=None, feature_extractor=None, watermarker=None,
+    )  # fmt: skip
+
+
+def latent_upscaler() -> StableDiffusionLatentUpscalePipeline:
+    """As stabilityai/sd-x2-latent-upscaler: K blocks, Fourier time embedding, a variance channel."""
+    tokenizer = _tokenizer()
+    unet = UNet2DConditionModel(
+        in_channels=8, out_channels=5, block_out_channels=(32, 32, 64, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=8,
+        down_block_types=("KDownBlock2D", *("KCrossAttnDownBlock2D",) * 3), up_block_types=(*("KCrossAttnUpBlock2D",) * 3, "KUpBlock2D"), mid_block_type=None,
+        act_fn="gelu", norm_num_groups=None, conv_in_kernel=1, conv_out_kernel=1, only_cross_attention=False,
+        time_cond_proj_dim=128 + 32, resnet_time_scale_shift="scale_shift", time_embedding_type="fourier", timestep_post_act="gelu",
+    )  # fmt: skip
+    return StableDiffusionLatentUpscalePipeline(
+        vae=_vae(), text_encoder=CLIPTextModel(_text_config(tokenizer)), tokenizer=tokenizer, unet=unet,
+        scheduler=EulerDiscreteScheduler(**{k: v for k, v in NOISE.items() if k != "steps_offset"}, prediction_type="original_sample"),
+    )  # fmt: skip
+
+
+MAKERS = {
+    "sd15": sd15, "sd2": sd2, "sdxl": sdxl, "flux": flux, "unidiffuser": unidiffuser,
+    "sd_x4_upscaler": sd_x4_upscaler, "latent_upscaler": latent_upscaler,
+}  # fmt: skip
 
 
 def save_all(folder: Path) -> dict[str, Path]:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import bentoml
 import pytest
 import requests
-from PIL import Image
+from PIL import Image, ImageChops
 
 from core.settings import ROOT
 from tests.conftest import ADMIN, USER, Server, wait_for
@@ -165,7 +165,9 @@ def test_concurrent_requests_of_any_size_and_scheduler_do_not_mix(server: Server
     alone = [server.post("/post_config", params=p).content for p in params]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda p: server.post("/post_config", params=p).content, params * 2))
-    assert together == alone * 2
+    for made, expected in zip(together, alone * 2, strict=True):  # of two alike, which may have shared a batch: to one level
+        difference = ImageChops.difference(*(Image.open(io.BytesIO(file)) for file in (made, expected)))
+        assert max(high for _, high in difference.getextrema()) <= 1
 
 
 def test_internal_routes_are_not_served(server: Server) -> None:
