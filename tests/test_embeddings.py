@@ -21,7 +21,7 @@ from core import embeddings, metadata
 from core.catalogue import Catalogue
 from core.generation import Generation, Plan
 from core.problems import Problem
-from core.settings import Loras, Model, Models, Settings
+from core.settings import ROOT, Loras, Model, Models, Settings
 from runners import prompts
 from runners.device import Device
 from tests.conftest import held
@@ -216,3 +216,25 @@ def strength_of_colours(generation: Generation) -> float:
     """The mean spread between a pixel's largest and smallest channel, in 255 levels."""
     pixels = np.stack([np.frombuffer(p.data, np.uint8).reshape(-1, 3) for p in generation.pictures]).astype(int)
     return float((pixels.max(-1) - pixels.min(-1)).mean())
+
+
+def test_washed_out_in_the_negative_prompt_makes_colours_stronger() -> None:
+    configured = Settings(
+        models=Models(default="starter/stable-diffusion", cpu_threads=1, max_batch=8, catalogue=[Model(id="starter/stable-diffusion", family="starter")]),
+        loras=Loras(registry=ROOT / "lora_list.json"),
+    )  # fmt: skip
+    device = Device(configured, Catalogue(configured))
+
+    def drawn(**values: object) -> float:
+        asked = {"prompt": "{bird|key|red apple|alarm clock|house|cactus}", "dynamic_prompts": True, "seed": 1, "count_returned": 4, "num_inference_steps": 8}
+        plan = device.catalogue.plan(reading.parse({**asked, **values}), None, "test")
+        return strength_of_colours(device.submit(plan, device.fetch(device.catalogue.find(plan.model_id))).result(250))
+
+    try:
+        plain = drawn()
+        assert drawn(negative_prompt="washed_out") > 1.1 * plain
+        assert drawn(prompt="washed_out") < 0.5 * plain
+        assert (ROOT / "starter/embeddings/washed_out.safetensors").stat().st_size < 4096
+    finally:
+        device.queue.close()
+        torch.set_num_threads(2)
