@@ -63,7 +63,7 @@ class SafetyChecker:
         for (name, _), flagged in zip(named, self._look([pixels for _, pixels in named]), strict=True):
             if flagged:
                 counter().labels("input").inc()
-                field = "image" if name == "images" else name
+                field = name.removesuffix("s")  # a form's parts are named for one picture
                 details = problem(
                     422, "image-flagged", "Picture flagged", f"{field}: the safety checker flags this picture.",
                     errors=[problems.FieldError(field=field, message="is flagged by the safety checker", allowed="another picture")],
@@ -80,7 +80,8 @@ class SafetyChecker:
         began = time.perf_counter()
         flags = self._look(pictures)
         counter().labels("output").inc(sum(flags))
-        seeds = [generation.seeds[i * len(generation.seeds) // len(pictures)] for i, flagged in enumerate(flags) if flagged]
+        of = generation.seeds or list(range(len(pictures)))  # fewer than pictures where those are frames
+        seeds = [of[i * len(of) // len(pictures)] for i, flagged in enumerate(flags) if flagged]
         done = "blurred" if self.settings.mode == "blur" else "blanked"
         ran = ran.model_copy(
             update={

@@ -143,6 +143,9 @@ def test_diffusers_checker_blanks_what_it_flags_and_nothing_else(checker: Path, 
     assert flagged.ran is not None
     assert flagged.ran.flagged == [1, 2]
     assert {p.data for p in flagged.pictures} == {bytes(64 * 64 * 3)}
+    frames = strict.safety.censor(flagged.model_copy(update={"pictures": flagged.pictures * 3, "seeds": [9]}))
+    assert frames.ran is not None
+    assert (frames.ran.flagged, len(frames.pictures)) == ([9], 6)
     strict.queue.close()
 
     kind = device(Safety(mode="on", detector="stable_diffusion", source=str(lenient(checker, tmp_path))))
