@@ -14,7 +14,7 @@ from bentoml._internal.resource import system_resources
 from pydantic_settings import SettingsError
 from yaml import YAMLError
 
-from api import app, backend, gate, multimodal, typed, upscaling
+from api import animate, app, backend, gate, multimodal, typed, upscaling
 from core import settings
 from core.auth import Keys, NoKeys
 from core.draining import Draining
@@ -60,7 +60,7 @@ def traffic(*queues: Queue | None) -> dict[str, float]:
 def stable_diffusion(place: Place) -> Any:
     @bentoml.service(**of_runner(place))
     @bentoml.asgi_app(http)
-    class StableDiffusion(typed.TypedApis, upscaling.UpscaleApi, DiffusionRunner):
+    class StableDiffusion(typed.TypedApis, animate.AnimationApis, upscaling.UpscaleApi, DiffusionRunner):
         """Stable Diffusion on one device."""
 
         def __init__(self) -> None:
@@ -91,7 +91,7 @@ UniDiffuser, *_more_unidiffuser = map(unidiffuser, unidiffuser_places)
 _workers = [StableDiffusion, *_more_stable_diffusion, UniDiffuser, *_more_unidiffuser]
 
 
-class _Entry(typed.TypedApis, upscaling.UpscaleApi, multimodal.MultimodalApis):
+class _Entry(typed.TypedApis, animate.AnimationApis, upscaling.UpscaleApi, multimodal.MultimodalApis):
     """The entry: every contract on one port."""
 
     @bentoml.on_startup

@@ -31,7 +31,7 @@ UPLOAD_PATH = "/admin/loras/upload"
 FORM_BYTES = 1024 * 1024  # what a form may have beside its file
 # Public path to the contracts' own: typed calls, which BentoML would parse unsafely, and BentoML's
 # document, which knows less than ours.
-TYPED = ("/txt2img", "/img2img", "/inpaint", "/outpaint", "/upscale", "/add_lora", "/remove_lora", "/list_loras", *(f"/{task}" for task in get_args(Task)))
+TYPED = ("/txt2img", "/img2img", "/inpaint", "/outpaint", "/upscale", "/animate", "/add_lora", "/remove_lora", "/list_loras", *(f"/{task}" for task in get_args(Task)))
 DIRECT = {**{path: path for path in TYPED}, "/docs.json": "/openapi.json"}
 
 

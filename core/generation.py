@@ -197,6 +197,21 @@ class Upscale(BaseModel):
     noise_level: int | None = None
 
 
+class Animation(BaseModel):
+    """What makes a plan an animation's: the motion adapter, and how many frames, shown how many a second.
+    `beta_schedule` is the noise that the adapter was trained with; `sha256` (once it ran) its file's."""
+
+    model_config = ConfigDict(frozen=True)
+    motion_adapter: str
+    num_frames: int
+    fps: float
+    beta_schedule: str
+    licence: str
+    commercial_use: bool
+    credit: str | None
+    sha256: str | None = None
+
+
 class Plan(BaseModel):
     """A request that can run: every value decided, except what only the device knows (dtype)."""
 
@@ -222,6 +237,7 @@ class Plan(BaseModel):
     image: Pixels | None
     mask: Pixels | None = None
     inpainting: Inpainting | None = None
+    animation: Animation | None = None
     deadline_s: float
     notes: list[str]
     hires: Hires | None = None
@@ -309,6 +325,7 @@ class Ran(BaseModel):
     inpainting: Inpainting | None = None
     hires: Hires | None = None
     upscale: Upscale | None = None
+    animation: Animation | None = None
     prompt: str
     negative_prompt: str
     expansion: Expansion | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 from core import embeddings
-from core.generation import Generation, Hires, Ran
+from core.generation import Animation, Generation, Hires, Ran
 from core.inpainting import SIDES, Inpainting
 
 
@@ -52,6 +52,7 @@ def parameters(ran: Ran, seed: int) -> str:
         "Denoising strength": None if strength is None else f"{strength:g}",
         **(_inpainting(ran.inpainting) if ran.inpainting else {}),
         **(_hires(ran.hires) if ran.hires else {}),
+        **(_animation(ran.animation) if ran.animation else {}),
         "Lora hashes": hashes or None,
         "TI hashes": ", ".join(f"{x.name}: {x.sha256[:12]}" for x in ran.embeddings) or None,
         "Template": ran.expansion and ran.expansion.template,
@@ -64,6 +65,11 @@ def parameters(ran: Ran, seed: int) -> str:
         lines.append(f"Negative prompt: {ran.negative_prompt}")
     lines.append(_line(settings))
     return "\n".join(lines)
+
+
+def _animation(animation: Animation) -> dict[str, object]:
+    hash = animation.sha256[:10] if animation.sha256 else None
+    return {"Frames": animation.num_frames, "FPS": f"{animation.fps:g}", "Motion adapter": animation.motion_adapter, "Motion adapter hash": hash}
 
 
 def _inpainting(inpainting: Inpainting) -> dict[str, object]:

@@ -159,6 +159,28 @@ class Models(Section):
         return [f"{model.id}: {missing}" for model in self.catalogue for missing in model.optimise.missing(gpus)]
 
 
+class MotionAdapter(Section):
+    """An AnimateDiff motion adapter for the models of a family; `source` as a model's, a folder in diffusers' layout or a hub id."""
+
+    id: str
+    family: Literal["starter", "sd15", "sd2"] = "sd15"
+    source: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+    max_frames: Annotated[int, Field(ge=2)] = 32
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    licence: str = "unknown"
+    commercial_use: bool = False
+    credit: str | None = None
+
+
+class Animation(Section):
+    """Motion adapters, the first of a family being its default, and the bound of an animation: frames x width x height."""
+
+    motion_adapters: list[MotionAdapter] = []
+    max_pixels: Count = 20_000_000
+
+
 class Loras(Section):
     """The LoRA registry and the folder of downloaded weights; relative paths are beside the configuration."""
 
@@ -284,6 +306,7 @@ class Settings(BaseSettings):
     models: Models = Models(allow_unlisted=True)
     loras: Loras = Loras()
     prompts: Prompts = Prompts()
+    animation: Animation = Animation()
     usage: Usage = Usage()
     experiments: Experiments = Experiments()
     llm: Llm = Llm()

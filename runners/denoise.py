@@ -117,7 +117,7 @@ def generate(
     return [
         Generation(problem=failed[i].details)
         if i in failed
-        else Generation(pictures=pictures[i], seeds=plan.seeds, ran=_ran(resident, plan, loras, embedded[i], named, steps_run, pictures[i][0], timings[i]))
+        else Generation(pictures=pictures[i], seeds=plan.seeds, ran=told(resident, plan, loras, embedded[i], named, steps_run, pictures[i][0], timings[i]))
         for i, plan in enumerate(plans)
     ]
 
@@ -147,9 +147,10 @@ def _stacked(arguments: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in arguments]) for name in arguments[0]}
 
 
-def _ran(
+def told(
     resident: Resident, plan: Plan, loras: list[AppliedLora], embedded: list[Embedded], named: Scheduler, steps_run: int, picture: Pixels, timing: Timing
 ) -> Ran:
+    """What ran."""
     model = resident.entry.model
     by_name = {one.name: one for each in embedded for one in each.used}
     used = [by_name[planned.name] for planned in plan.embeddings]

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from core import problems
-from core.catalogue import Catalogue, Entry
+from core.catalogue import FAMILIES, Catalogue, Entry
 from core.generation import Generation, Plan, Timing
-from core.settings import Settings, beside_configuration, secrets
-from runners import denoise, loading, memory, multimodal, optimising, upscaling, weights
+from core.settings import Model, MotionAdapter, Settings, beside_configuration, secrets
+from runners import animation, denoise, loading, memory, multimodal, optimising, upscaling, weights
 from runners.memory import Way
 from runners.queue import DeviceQueue, Job, Share, check_all
 from runners.residency import Residency, Resident, release_memory
@@ -61,6 +61,12 @@ class Device:
             self.residency.note(entry.id, "failed", problem.details.detail)
             raise
 
+    def fetch_motion(self, plan: Plan) -> Path:
+        """Make the files of an animation's motion adapter local; as `fetch`."""
+        adapter = self._adapter(plan)
+        named = adapter.model_dump(include={"id", "family", "source", "variant", "revision"})
+        return loading.fetch(Entry(Model(**named), FAMILIES[adapter.family]), secrets().hf_token.get_secret_value(), component=True)
+
     def submit(self, plan: Plan, path: Path, others: dict[str, Path] | None = None) -> Future[Generation]:
         """Queue a plan whose model's files are at `path`, and those of the `others` that it names, by id, at theirs.
 
@@ -73,7 +79,8 @@ class Device:
         share: Share[Plan, Generation] = Share(
             plan.batch_key, plan, rows, self.catalogue.models.max_batch, lambda jobs, plans: self._checked(jobs, plans, paths)
         )
-        return self.queue.submit(Job(plan.id, plan.client, lambda job: self._checked([job], [plan], paths)[0], plan.deadline_s, share))
+        alone = Job(plan.id, plan.client, lambda job: self._checked([job], [plan], paths)[0], plan.deadline_s, None if plan.animation else share)
+        return self.queue.submit(alone)
 
     def unload(self, model_id: str | None) -> Future[int]:
         """Queue the unloading of one model, or of all."""
@@ -108,7 +115,10 @@ class Device:
             for timing in timings:
                 timing.load = 1000 * (time.perf_counter() - started)
             with self._thrift(resident, way):
-                if entry.traits.multimodal:
+                if plan.animation:
+                    beside = self.residency.animate(resident, self._adapter(plan), paths[plan.animation.motion_adapter])
+                    drawn = [animation.generate(resident, beside, plans[0], loras, check, way.rows, timings[0])]
+                elif entry.traits.multimodal:
                     drawn = multimodal.run(resident, plans, check, way.rows, timings)
                 elif plan.upscale:
                     drawn = [upscaling.run(resident, p, check, timing, way.thrifty) for p, timing in zip(plans, timings, strict=True)]
@@ -146,7 +156,8 @@ class Device:
     def _request(self, plans: list[Plan], path: Path) -> memory.Request:
         """What plans that share batches need memory for."""
         entry = self.catalogue.find(plans[0].model_id)
-        rows = sum(multimodal.rows_of(p) if entry.traits.multimodal else len(p.seeds) for p in plans)
+        frames = plans[0].animation.num_frames if plans[0].animation else 0
+        rows = frames or sum(multimodal.rows_of(p) if entry.traits.multimodal else len(p.seeds) for p in plans)
         return memory.Request.of(plans[0], entry, path, self._dtype(entry, plans[0])[0], min(rows, self.catalogue.models.max_batch))
 
     def _upscaler(self, plan: Plan, paths: dict[str, Path], beside: Resident) -> Resident | None:
@@ -156,6 +167,10 @@ class Device:
         entry = self.catalogue.find(plan.hires.model_id)
         dtype = getattr(torch, "float32" if self.torch_device.type == "cpu" else entry.model.torch_dtype or entry.traits.gpu_dtype)
         return self.residency.acquire(entry, paths[entry.id], dtype, beside=beside)
+
+    def _adapter(self, plan: Plan) -> MotionAdapter:
+        assert plan.animation is not None
+        return next(a for a in self.settings.animation.motion_adapters if a.id == plan.animation.motion_adapter)
 
     def _dtype(self, entry: Entry, plan: Plan) -> tuple[torch.dtype, list[str]]:
         """The precision to run in: as asked, by family on a GPU; no float16 on a CPU."""

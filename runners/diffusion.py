@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import bentoml
 
 from core import problems, upscaling
-from core.catalogue import Catalogue, Entry
+from core.catalogue import Catalogue
 from core.draining import Draining
 from core.generation import Generation, GenerationRequest, Pixels, Plan, RunnerStatus
 from core.settings import Models, Settings
@@ -104,7 +106,7 @@ class DiffusionRunner:
             Problem: what stands in the way; 499 where the plan is cancelled meanwhile.
             TimeoutError: at the plan's deadline.
         """
-        waiting = asyncio.create_task(self._all_local(plan.models))
+        waiting = asyncio.create_task(self._all_local(plan))
         self._preparing[plan.id] = waiting
         try:
             done, _ = await asyncio.wait([waiting], timeout=plan.deadline_s)
@@ -117,17 +119,20 @@ class DiffusionRunner:
         finally:
             del self._preparing[plan.id]
 
-    async def _all_local(self, ids: list[str]) -> dict[str, Path]:
-        paths = await asyncio.gather(*(self._local(self.catalogue.find(id)) for id in ids))
-        return dict(zip(ids, paths, strict=True))
+    async def _all_local(self, plan: Plan) -> dict[str, Path]:
+        fetches = {id: partial(self.device.fetch, self.catalogue.find(id)) for id in plan.models}
+        if plan.animation:
+            fetches[plan.animation.motion_adapter] = partial(self.device.fetch_motion, plan)
+        paths = await asyncio.gather(*(self._local(id, fetch) for id, fetch in fetches.items()))
+        return dict(zip(fetches, paths, strict=True))
 
-    async def _local(self, entry: Entry) -> Path:
-        """The model's local path; fetched once, however many ask, and without holding the device."""
-        task = self._fetching.get(entry.id)
+    async def _local(self, id: str, fetch: Callable[[], Path]) -> Path:
+        """The local path of what has an id; fetched once, however many ask, and without holding the device."""
+        task = self._fetching.get(id)
         if task is None:
-            task = asyncio.create_task(asyncio.to_thread(self.device.fetch, entry))
-            self._fetching[entry.id] = task
-            task.add_done_callback(lambda _: self._fetching.pop(entry.id, None))
+            task = asyncio.create_task(asyncio.to_thread(fetch))
+            self._fetching[id] = task
+            task.add_done_callback(lambda _: self._fetching.pop(id, None))
         return await asyncio.shield(task)
 
     def _warm_up_plan(self, model_id: str) -> Plan:

@@ -29,6 +29,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.utils import logging
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers.utils import logging as transformers_logging
 
@@ -74,8 +75,9 @@ def device_for(setting: str | None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def fetch(entry: Entry, token: str | None) -> Path:
-    """Make the model's files local; return the folder, or the single file.
+def fetch(entry: Entry, token: str | None, component: bool = False) -> Path:
+    """Make the model's files local; return the folder, or the single file. `component`: it is no pipeline, but a part
+    that is put beside one.
 
     Raises:
         Problem: 503 that says what stands in the way: no such repository, gated, no network, disk full.
@@ -90,6 +92,8 @@ def fetch(entry: Entry, token: str | None) -> Path:
     try:
         if entry.model.family == "upscaler":
             return upscalers.fetch(entry, token)
+        if component:
+            return Path(snapshot_download(source, revision=entry.model.revision, token=token or None, allow_patterns=["config.json", "*.safetensors"]))
         return Path(
             _base(entry).download(
                 source, revision=entry.model.revision, variant=entry.model.variant, token=token or None, use_safetensors=True

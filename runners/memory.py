@@ -76,6 +76,7 @@ class Request:
     rows: int
     guided: bool
     has_image: bool
+    frames: int = 1  # drawn together, however few are decoded at once
 
     @classmethod
     def of(cls, plan: Plan, entry: Entry, path: Path, dtype: torch.dtype, rows: int) -> Request:
@@ -85,7 +86,7 @@ class Request:
             width, height = plan.hires.width, plan.hires.height
         if plan.upscale:
             width, height = (min(side, plan.upscale.tile) * plan.upscale.scale for side in plan.upscale.first)
-        return cls(entry, path, dtype, width, height, rows, guided, bool(plan.image or plan.images or plan.hires))
+        return cls(entry, path, dtype, width, height, rows, guided, bool(plan.image or plan.images or plan.hires), plan.animation.num_frames if plan.animation else 1)
 
 
 def ways(request: Request, may_offload: bool) -> list[Way]:
@@ -93,7 +94,7 @@ def ways(request: Request, may_offload: bool) -> list[Way]:
     rows = [request.rows // 2**i for i in range(request.rows.bit_length())]
     frugal = [Way(1, thrifty=True)]
     optimise = request.entry.model.optimise
-    if may_offload and optimise.offload == "none" and not (optimise.device_map or optimise.compile):
+    if may_offload and request.frames == 1 and optimise.offload == "none" and not (optimise.device_map or optimise.compile):
         frugal.append(Way(1, thrifty=True, offload=True))
     return [*(Way(n) for n in rows), *frugal]
 
@@ -104,7 +105,7 @@ def activations(request: Request, way: Way) -> int:
     pixels = request.width * request.height
     if way.thrifty and request.entry.model.family == "upscaler":
         pixels //= 4  # tiles of half the side
-    denoise = numbers.denoise * way.rows * (2 if request.guided else 1) * pixels * request.dtype.itemsize
+    denoise = numbers.denoise * max(way.rows, request.frames) * (2 if request.guided else 1) * pixels * request.dtype.itemsize
     vae_rows = 1 if way.thrifty or optimise.vae_slicing else way.rows
     tile = TILE if way.thrifty else request.entry.traits.size if optimise.vae_tiling else math.inf
     vae_pixels = min(pixels, tile**2)

@@ -24,10 +24,11 @@ from diffusers import DiffusionPipeline
 
 from core.catalogue import Entry
 from core.generation import AppliedLora, PlannedLora, ResidentModel
-from core.settings import Models
-from runners import loading, memory, optimising, weights
+from core.settings import Models, MotionAdapter
+from runners import loading, memory, motion, optimising, weights
 from runners.adapters import Adapters
 from runners.loading import Kind
+from runners.motion import Motion
 
 log = logging.getLogger("easel.residency")
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -51,6 +52,7 @@ class Resident:
     used: float
     load_s: float
     sha256: str
+    motion: Motion | None = None
     _made: dict[Kind, DiffusionPipeline] = field(default_factory=dict)
 
     def pipeline(self, kind: Kind) -> DiffusionPipeline:
@@ -68,8 +70,8 @@ class Resident:
 
     @property
     def bytes(self) -> int:
-        """On the device, of the model and the LoRAs beside it; those wait where the model waits."""
-        return self.weights_bytes + (0 if self.host_bytes else self.adapters.bytes)
+        """On the device, of the model, the LoRAs beside it (those wait where the model waits) and its motion adapter."""
+        return self.weights_bytes + (0 if self.host_bytes else self.adapters.bytes) + (self.motion.bytes if self.motion else 0)
 
 
 class Residency:
@@ -140,6 +142,19 @@ class Residency:
         applied = resident.adapters.apply(loras)
         self._evict(0, _keys(resident))
         return applied
+
+    def animate(self, resident: Resident, adapter: MotionAdapter, path: Path) -> Motion:
+        """The motion adapter beside a model, in the place of any other; make room for it among the other models.
+
+        Raises:
+            Problem: see `motion.load`.
+        """
+        if resident.motion is None or resident.motion.id != adapter.id:
+            resident.motion = None
+            resident.motion = motion.load(resident.base, adapter, path)
+            self._evict(0, keep=(resident.entry.id, resident.dtype))
+        resident.motion.follow(resident.base.unet)
+        return resident.motion
 
     def sweep(self) -> None:
         """Unload what has been idle for its timeout."""

@@ -61,12 +61,15 @@ def sha256(path: Path, variant: str | None) -> str:
     """
     every = files(path, variant)
     chosen = [f for f in every if f.parent.name in _DENOISERS] if path.is_dir() else every
-    hashes = []
-    for file in chosen:
-        blob = file.resolve()
-        stat = blob.stat()
-        hashes.append(blob.name if _SHA256.fullmatch(blob.name) else _hash(blob, stat.st_mtime_ns, stat.st_size))
+    hashes = [sha256_of(file) for file in chosen]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def sha256_of(file: Path) -> str:
+    """A file's SHA-256."""
+    blob = file.resolve()
+    stat = blob.stat()
+    return blob.name if _SHA256.fullmatch(blob.name) else _hash(blob, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=256)

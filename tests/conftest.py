@@ -151,6 +151,10 @@ def unidiffuser(miniatures: dict[str, Path], **more: object) -> dict:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, miniatures: dict[str, Path]) -> Iterator[Server]:
     """The entry service with its runners, for all tests that do not need a server of their own."""
-    overrides = {"models": {"catalogue": catalogue(miniatures)}, "unidiffuser": unidiffuser(miniatures)}
+    overrides = {
+        "models": {"catalogue": catalogue(miniatures)},
+        "unidiffuser": unidiffuser(miniatures),
+        "animation": {"motion_adapters": [{"id": "mini/motion", "source": str(miniatures["motion"])}]},
+    }
     with serving(tmp_path_factory.mktemp("server"), overrides) as running:
         yield running

@@ -17,6 +17,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    MotionAdapter,
     PNDMScheduler,
     StableDiffusionLatentUpscalePipeline,
     StableDiffusionPipeline,
@@ -147,6 +148,14 @@ def unidiffuser() -> UniDiffuserPipeline:
     )  # fmt: skip
 
 
+def motion() -> MotionAdapter:
+    """A motion adapter for the miniature of SD 1.5."""
+    return MotionAdapter(
+        block_out_channels=(8, 16, 32), motion_layers_per_block=1, motion_mid_block_layers_per_block=1, motion_num_attention_heads=2,
+        motion_norm_num_groups=8, motion_max_seq_length=16,
+    )  # fmt: skip
+
+
 def sd_x4_upscaler() -> StableDiffusionUpscalePipeline:
     """As stabilityai/stable-diffusion-x4-upscaler: a VAE of factor 4, and the small picture beside the latents."""
     tokenizer = _tokenizer()
@@ -191,4 +200,6 @@ def save_all(folder: Path) -> dict[str, Path]:
         torch.manual_seed(0)
         paths[family] = folder / family
         make().save_pretrained(paths[family])
+    paths["motion"] = folder / "motion"
+    motion().save_pretrained(paths["motion"])
     return paths
