@@ -18,6 +18,7 @@ import torch
 from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsType
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from core import embeddings
 from core.generation import AppliedEmbedding, Plan
@@ -179,6 +180,7 @@ class _Placed:
 def _fewer_layers(encoder: Any, skip: int) -> Iterator[None]:
     """The text encoder without its last `skip` layers: its final norm then sits on an earlier one,
     which is what diffusers' clip_skip computes."""
+    maybe_install_capturing_hooks(encoder)  # else transformers would do so now, for the layers that are left, once and for all
     stack = getattr(encoder, "text_model", encoder).encoder
     layers = stack.layers
     kept = max(1, len(layers) - skip)
