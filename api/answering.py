@@ -172,6 +172,10 @@ def describe(ran: Ran, seeds: list[int]) -> dict[str, str]:
         headers["X-Easel-Flagged"] = ",".join(map(str, ran.flagged)) or "none"
     if ran.experiment:
         headers["X-Easel-Experiment"] = f"{ran.experiment}; variant={ran.variant}"
+    if ran.controls:
+        headers["X-Easel-Controlnets"] = ", ".join(f"{x.id}:{x.scale:g};preprocessor={x.preprocessor};start={x.start:g};end={x.end:g}" for x in ran.controls)
+    if ran.ip_adapter:
+        headers["X-Easel-Ip-Adapter"] = f"{ran.ip_adapter.id}:{ran.ip_adapter.scale:g};images={ran.ip_adapter.images}"
     if ran.notes:
         headers["X-Easel-Notes"] = "; ".join(ran.notes)
     return {name: _safe(value) for name, value in headers.items()}

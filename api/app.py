@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import animate, experiments, llm, loras, models, multimodal, seed, typed, upscaling, usage
+from api import animate, experiments, llm, loras, models, multimodal, preprocess, seed, typed, upscaling, usage
 from core import __version__
 from core.catalogue import Catalogue
 from core.problems import MEDIA_TYPE, FieldError, Problem, ProblemDetails, invalid, problem, shown
@@ -54,7 +54,7 @@ def build(settings: Settings) -> FastAPI:
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
-    for contract in (seed, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage):
+    for contract in (seed, preprocess, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage):
         app.include_router(contract.router)
     return app
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
 
 from api import backend, multimodal
+from core import guides, preprocessing
 from core.adapters import MAX_WEIGHT
 from core.catalogue import Catalogue
 from core.generation import RunnerDown, RunnerStatus
@@ -48,6 +49,7 @@ async def capabilities(request: Request) -> dict[str, Any]:
         **_offer(catalogue, _of("StableDiffusion", found)),
         "formats": ["png", "jpeg", "webp"],
         "safety": settings.safety.mode,
+        "preprocessors": preprocessing.NAMES,
         "loras": {"max": settings.limits.loras, "weight": {"default": 1, "min": -MAX_WEIGHT, "max": MAX_WEIGHT}},
         "unidiffuser": _offer(multimodal.catalogue(), _of("UniDiffuser", found)) | {"images": settings.limits.images},
     }
@@ -72,7 +74,7 @@ def _offer(catalogue: Catalogue, here: list[RunnerStatus]) -> dict[str, Any]:
         "allow_unlisted": catalogue.models.allow_unlisted,
         "device": ", ".join(dict.fromkeys(status.device for status in here)) or None,
         "models": [
-            entry.capabilities(catalogue.settings.limits) | {"loras": catalogue.fitting("lora", entry), "embeddings": catalogue.fitting("embedding", entry), "state": states.get(entry.id, "cold")}
+            entry.capabilities(catalogue.settings.limits) | {"loras": catalogue.fitting("lora", entry), "embeddings": catalogue.fitting("embedding", entry), **guides.fitting(catalogue.models, entry.model.family), "state": states.get(entry.id, "cold")}
             for entry in catalogue.generators.values()
         ],
         "upscalers": [

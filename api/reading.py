@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from core import images
 from core.generation import GenerationRequest, Inputs
+from core.guides import MAX_IMAGES
 from core.inpainting import SIDES
 from core.problems import from_validation, invalid_field, nearest, problem
 from core.settings import Limits
@@ -26,7 +27,8 @@ _BODIES = "multipart/form-data, application/x-www-form-urlencoded, application/j
 
 
 # The form parts of a request for pictures, and how many of each.
-PARTS = {"image": 1, "mask": 1}
+GUIDES = {"control_image": MAX_IMAGES, "ip_adapter_image": MAX_IMAGES}
+PARTS = {"image": 1, "mask": 1, **GUIDES}
 
 
 async def read(request: Request, limits: Limits, parts: dict[str, int] = PARTS) -> tuple[GenerationRequest, Inputs]:
@@ -49,6 +51,7 @@ def pictures(uploads: dict[str, list[bytes]], limits: Limits) -> Inputs:
     return Inputs(
         image=images.decode(image, limits) if image is not None else None,
         mask=images.decode_mask(mask, limits) if mask is not None else None,
+        **{name: [images.decode(file, limits, name) for file in uploads.get(name, [])] for name in GUIDES},
     )
 
 

@@ -26,7 +26,8 @@ def documented(model: type[BaseModel], image: dict[str, Any] | None) -> dict[str
     ]
     if image is None:
         return {"parameters": parameters}
-    form = {"type": "object", "properties": {"image": image, "mask": image} if model is GenerationRequest else {"image": image}}
+    parts = {"image": image, "mask": image, **{name: {"type": "array", "items": image} for name in reading.GUIDES}} if model is GenerationRequest else {"image": image}
+    form = {"type": "object", "properties": parts}
     return {"parameters": parameters, "requestBody": {"required": False, "content": {"multipart/form-data": {"schema": form}}}}
 
 

@@ -29,11 +29,12 @@ router = APIRouter(tags=["typed"])
 def _body(*parts: str) -> dict[str, Any]:
     """The request body for the OpenAPI document."""
     schema = GenerationRequest.model_json_schema()
+    file = {"type": "string", "format": "binary"}
+    form = schema | {"properties": schema["properties"] | dict.fromkeys(parts, file) | {part: {"type": "array", "items": file} for part in reading.GUIDES}}
     if not parts:
-        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-    schema["properties"] |= {part: {"type": "string", "format": "binary"} for part in parts}
-    schema["required"] = [*schema["required"], "image"]
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}}}
+    form["required"] = [*schema["required"], "image"]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}}}
 
 
 class Img2ImgInput(GenerationRequest):
@@ -96,9 +97,9 @@ class TypedApis:
 
 @router.post("/txt2img", openapi_extra=_body())
 async def txt2img(request: Request) -> GenerationResponse:
-    """Draw pictures from a prompt; the answer is JSON with base64 pictures."""
-    wanted, _ = await reading.read(request, request.app.state.settings.limits, parts={})
-    return await _draw(wanted, None, request)
+    """Draw pictures from a prompt, and what guides it; the answer is JSON with base64 pictures."""
+    wanted, inputs = await reading.read(request, request.app.state.settings.limits, parts=reading.GUIDES)
+    return await _draw(wanted, inputs, request)
 
 
 @router.post("/img2img", openapi_extra=_body("image"))

@@ -13,12 +13,24 @@ import uuid
 from dataclasses import dataclass
 from typing import get_args
 
-from core import hires, inpainting, schedulers, trials
+from core import guides, hires, inpainting, schedulers, trials
 from core.generation import GenerationRequest, Inputs, Pixels, Plan, Task
 from core.loras import Lora, Registry, rights
 from core.loras.registry import Kind
 from core.problems import FieldError, Problem, invalid, invalid_field, nearest
-from core.settings import UPSCALERS, Dtype, Family, Limits, Model, Models, Settings, UniDiffuser, beside_configuration
+from core.settings import (
+    UPSCALERS,
+    ControlNet,
+    Dtype,
+    Family,
+    IpAdapter,
+    Limits,
+    Model,
+    Models,
+    Settings,
+    UniDiffuser,
+    beside_configuration,
+)
 from core.wording import Writer
 
 _SEEDS = random.SystemRandom()
@@ -200,6 +212,11 @@ class Catalogue:
         """The names of the LoRAs, or of the embeddings, that fit a model."""
         return [name for name, lora in self.registry.of_kind(kind).items() if self.family_of(lora) == entry.model.family]
 
+    def guides(self, plan: Plan) -> list[ControlNet | IpAdapter]:
+        """The entries of a plan's ControlNets and IP-Adapter."""
+        known: dict[str, ControlNet | IpAdapter] = {net.id: net for net in self.models.controlnets} | {a.id: a for a in self.models.ip_adapters}
+        return [known[part.id] for part in guides.parts(plan.controls, plan.ip_adapter)]
+
     def plan(self, request: GenerationRequest, inputs: Inputs | None, client: str) -> Plan:
         """Check `request` against its model and the limits, and fill in every default.
 
@@ -245,7 +262,8 @@ class Catalogue:
         elif request.strength is not None:
             refuse("strength", "only has a meaning with an input image", "leave it out, or send image", request.strength)
         inpaint = inpainting.plan(request, inputs, entry, limits, lambda size: self._shaped(entry, *size), refuse, notes)
-        width, height = inpaint[1] if inpaint else self._size(entry, request, image)
+        shaped = image or (inputs.control_image[0] if inputs and inputs.control_image else None)
+        width, height = inpaint[1] if inpaint else self._size(entry, request, shaped)
         for name, value in (("width", width), ("height", height)):
             if value % traits.multiple or not entry.min_size <= value <= entry.max_size:
                 sizes = str(entry.size) if traits.multimodal else f"{entry.min_size} to {entry.max_size}, a multiple of {traits.multiple}"
@@ -267,11 +285,19 @@ class Catalogue:
             refuse(field, f"{entry.id} ({entry.model.family}) takes no negative prompt", "leave it out", worded.negative_prompt)
         if worded.loras and entry.model.optimise.by_layer:
             refuse("lora", f"{entry.id} is offloaded layer by layer (offload: {entry.model.optimise.offload}), to which a LoRA cannot be added", "no LoRA, or another model", request.lora or request.prompt)
+        guided = guides.plan(request, inputs, entry.id, entry.model.family, self.models, refuse)
+        if inpaint and guided.controls:
+            refuse("controlnet", "does not go with a mask or outpaint_*", "leave one of them out", request.controlnet)
+        if guided.parts and request.hr_scale is not None:
+            refuse("hr_scale", "does not go with a ControlNet or an IP-Adapter", "leave one of them out", request.hr_scale)
+        if guided.ip_adapter and entry.model.optimise.by_layer:
+            refuse("ip_adapter", f"{entry.id} is offloaded layer by layer (offload: {entry.model.optimise.offload}), to which none can be added", "leave it out, or another model", request.ip_adapter)
         if request.commercial:
             allowing = {f"{entry.id} ({entry.model.licence})": entry.model.commercial_use}
             allowing |= {f"the LoRA {x.name}": x.commercial_use for x in worded.loras} | {f"the embedding {x.name}": x.commercial_use for x in worded.embeddings}
+            allowing |= {x.id: x.commercial_use for x in guided.parts}
             for part in (p for p, allowed in allowing.items() if not allowed):
-                refuse("commercial", f"{part} does not allow commercial use", "false, or another model, LoRA or embedding", True)
+                refuse("commercial", f"{part} does not allow commercial use", "false, or another model, LoRA, embedding, ControlNet or IP-Adapter", True)
         if errors:
             raise invalid(errors)
 
@@ -304,6 +330,10 @@ class Catalogue:
             mask=inputs.mask if inputs else None,
             inpainting=inpaint[0] if inpaint else None,
             hires=second,
+            controls=guided.controls,
+            control_images=guided.control_images,
+            ip_adapter=guided.ip_adapter,
+            ip_adapter_images=guided.ip_adapter_images,
             deadline_s=min(request.deadline_s or self.queue.deadline_s, self.queue.deadline_s),
             notes=notes,
         )
@@ -316,7 +346,7 @@ class Catalogue:
         return [id for id, entry in self.upscalers.items() if entry.model.family == "upscaler"]
 
     def _size(self, entry: Entry, request: GenerationRequest, image: Pixels | None) -> tuple[int, int]:
-        """Width and height: as asked; else the input image's shape at the model's usual area."""
+        """Width and height: as asked; else the input or control image's shape at the model's usual area."""
         if image is None or request.width is not None or request.height is not None:
             return request.width or entry.size, request.height or entry.size
         return self._shaped(entry, image.width, image.height)

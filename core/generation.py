@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
 )
 
+from core.guides import Control, GuideFields, ImagePrompt
 from core.inpainting import Inpainting, InpaintingFields
 from core.problems import ProblemDetails
 from core.settings import Dtype
@@ -80,7 +81,7 @@ class Sampling(BaseModel):
         return value
 
 
-class GenerationRequest(InpaintingFields, Sampling):
+class GenerationRequest(InpaintingFields, GuideFields, Sampling):
     """A request for pictures."""
 
     prompt: Text = Field(min_length=1, description="What to draw. `(words:1.3)` weighs words as in A1111.")
@@ -121,6 +122,8 @@ class Inputs(BaseModel):
     model_config = ConfigDict(frozen=True)
     image: Pixels | None = None
     mask: Pixels | None = None
+    control_image: list[Pixels] = []
+    ip_adapter_image: list[Pixels] = []
 
 
 class PlannedLora(BaseModel):
@@ -238,6 +241,10 @@ class Plan(BaseModel):
     mask: Pixels | None = None
     inpainting: Inpainting | None = None
     animation: Animation | None = None
+    controls: list[Control] = []
+    control_images: list[Pixels] = []  # one for each of `controls`, before its preprocessor
+    ip_adapter: ImagePrompt | None = None
+    ip_adapter_images: list[Pixels] = []
     deadline_s: float
     notes: list[str]
     hires: Hires | None = None
@@ -261,7 +268,7 @@ class Plan(BaseModel):
     @property
     def batch_key(self) -> str:
         """Plans with equal keys can share a batch: all but prompts, seeds and input pictures is alike."""
-        own = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "deadline_s", "notes", "experiment"}
+        own = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "control_images", "ip_adapter_images", "deadline_s", "notes", "experiment"}
         return f"{self.image is None} {self.inpainting is None} {self.model_dump_json(exclude=own)}"
 
 
@@ -321,6 +328,8 @@ class Ran(BaseModel):
     clip_skip: int
     loras: list[AppliedLora] = []
     embeddings: list[AppliedEmbedding] = []
+    controls: list[Control] = []
+    ip_adapter: ImagePrompt | None = None
     strength: float | None
     inpainting: Inpainting | None = None
     hires: Hires | None = None
@@ -379,6 +388,13 @@ class ResidentLora(BaseModel):
     resident_bytes: int
 
 
+class ResidentGuide(BaseModel):
+    """A ControlNet or an IP-Adapter kept in memory beside its model."""
+
+    id: str
+    resident_bytes: int
+
+
 class ResidentModel(BaseModel):
     """A model as /buffer_status shows it."""
 
@@ -390,6 +406,7 @@ class ResidentModel(BaseModel):
     resident_bytes: int = 0
     host_bytes: int = 0  # in CPU memory, of an offloaded model
     loras: list[ResidentLora] = []
+    guides: list[ResidentGuide] = []
     last_used_s_ago: float | None = None
     unload_in_s: float | None = None
     error: str | None = None

@@ -10,6 +10,7 @@ import json
 
 from core import embeddings
 from core.generation import Animation, Generation, Hires, Ran
+from core.guides import Control
 from core.inpainting import SIDES, Inpainting
 
 
@@ -53,6 +54,8 @@ def parameters(ran: Ran, seed: int) -> str:
         **(_inpainting(ran.inpainting) if ran.inpainting else {}),
         **(_hires(ran.hires) if ran.hires else {}),
         **(_animation(ran.animation) if ran.animation else {}),
+        **{f"ControlNet {i}": _control(control) for i, control in enumerate(ran.controls)},
+        "IP-Adapter": f"{ran.ip_adapter.id}:{ran.ip_adapter.scale:g}" if ran.ip_adapter else None,
         "Lora hashes": hashes or None,
         "TI hashes": ", ".join(f"{x.name}: {x.sha256[:12]}" for x in ran.embeddings) or None,
         "Template": ran.expansion and ran.expansion.template,
@@ -103,6 +106,11 @@ def _upscaled(ran: Ran) -> dict[str, object]:
         "Postprocess upscale to": f"{ran.width}x{ran.height}",
         "Noise level": ran.upscale.noise_level,
     }
+
+
+def _control(control: Control) -> str:
+    """As A1111's ControlNet extension writes a unit."""
+    return f"Module: {control.preprocessor}, Model: {control.id}, Weight: {control.scale:g}, Guidance Start: {control.start:g}, Guidance End: {control.end:g}"
 
 
 def record(ran: Ran, seed: int) -> dict[str, object]:

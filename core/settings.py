@@ -119,6 +119,37 @@ class Model(Section):
         return self
 
 
+class ControlNet(Section):
+    """A ControlNet of the catalogue. `source`, `variant` and `revision` mean what they mean for a model;
+    `preprocessor` is what makes its map from a picture (core.preprocessing), unless a request names another."""
+
+    id: str
+    family: Literal["starter", "sd15", "sd2", "sdxl", "flux"]
+    source: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+    preprocessor: str = "none"
+    licence: str = "unknown"
+    commercial_use: bool = False
+    credit: str | None = None
+
+
+class IpAdapter(Section):
+    """An IP-Adapter of the catalogue: the .safetensors file `weight_name` in `subfolder` of `source` (a
+    folder or a hub id; `id` if left out), and the folder of its CLIP image encoder there."""
+
+    id: str
+    family: Literal["sd15", "sdxl"]
+    source: str | None = None
+    revision: str | None = None
+    subfolder: str = "."
+    weight_name: Annotated[str, Field(pattern=r"\.safetensors$")]
+    image_encoder: str = "image_encoder"
+    licence: str = "unknown"
+    commercial_use: bool = False
+    credit: str | None = None
+
+
 class Models(Section):
     """The models of a runner, and the memory and device that they share."""
 
@@ -132,11 +163,14 @@ class Models(Section):
     cpu_threads: Count | None = None
     compile_cache: Path = Path("compile_cache")
     catalogue: list[Model] = []
+    controlnets: list[ControlNet] = []
+    ip_adapters: list[IpAdapter] = []
 
     @model_validator(mode="after")
     def names_are_listed(self) -> Models:
         ids = [m.id for m in self.catalogue]
-        if repeated := {i for i in ids if ids.count(i) > 1}:
+        beside = [net.id for net in self.controlnets] + [adapter.id for adapter in self.ip_adapters]
+        if repeated := {i for listed in (ids, beside) for i in listed if listed.count(i) > 1}:
             raise ValueError(f"the catalogue lists {', '.join(sorted(repeated))} more than once")
         if not self.allow_unlisted:
             for name in [self.default, *self.warm_up]:
@@ -151,6 +185,8 @@ class Models(Section):
         multimodal = isinstance(self, UniDiffuser)
         if strange := [m.id for m in self.catalogue if (m.family == "unidiffuser") != multimodal]:
             raise ValueError(f"the catalogue cannot hold {', '.join(strange)}: models of the family unidiffuser stand in unidiffuser.catalogue, all others in models.catalogue")
+        if multimodal and (self.controlnets or self.ip_adapters):
+            raise ValueError("unidiffuser takes no controlnets or ip_adapters; they stand under models")
         return self
 
 

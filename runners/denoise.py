@@ -38,6 +38,7 @@ from core.problems import Problem, invalid_field, problem
 from core.schedulers import Scheduler
 from core.settings import Family
 from runners import hires, inpainting, prompts
+from runners.guides import Guided
 from runners.inpainting import Painting
 from runners.loading import Kind
 from runners.prompts import Embedded
@@ -47,7 +48,7 @@ Check = Callable[[], None]
 
 
 def generate(
-    resident: Resident, plans: list[Plan], loras: list[AppliedLora], check: Check, max_batch: int, timings: list[Timing], upscaler: Resident | None = None
+    resident: Resident, plans: list[Plan], loras: list[AppliedLora], guided: Guided, check: Check, max_batch: int, timings: list[Timing], upscaler: Resident | None = None
 ) -> list[Generation]:
     """Draw the pictures of plans with one `batch_key`; each gets a generation of its own.
 
@@ -56,6 +57,7 @@ def generate(
         plans: what to draw; picture i of a plan uses a CPU generator seeded with `plan.seeds[i]`, so
             that it comes out the same alone, in a batch and on another device.
         loras: what now acts on the model (the text encoders too, so prompts are embedded under it).
+        guided: the ControlNets and the IP-Adapter that act on it.
         check: raises when the work should stop; called between denoising steps.
         max_batch: how many pictures are denoised at once.
         timings: each plan's, filled in with the milliseconds of the batches that it was part of.
@@ -65,7 +67,7 @@ def generate(
         Problem: what `check` raises.
     """
     family = resident.entry.model.family
-    pipe = resident.pipeline(_kind(plans[0]))
+    pipe = resident.pipeline(_kind(plans[0]), guided.nets)
     # 1. A scheduler of this batch's own: schedulers keep state, and sharing one mixes requests up.
     pipe.scheduler, named = make_scheduler(resident, plans[0].scheduler)
     # 2. Each prompt to embeddings, once for all the pictures that share it.
@@ -78,6 +80,7 @@ def generate(
         except Problem as problem:
             failed[i] = problem
     inputs = [_input(plan) for plan in plans]
+    guides = [guided.prepare(plan) for plan in plans]
     steps_run = 0
 
     def after_step(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +100,7 @@ def generate(
         arrays = pipe(
             **stacked,
             **_arguments(pipe, plans[0], [inputs[i] for i, _ in batch], generators, family),
+            **guided.arguments(pipe, [guides[i] for i, _ in batch], plans[0].guidance_scale),
             generator=generators,
             output_type="latent" if second and second.upscaler == "latent" else "np",
             callback_on_step_end=after_step,
@@ -117,7 +121,7 @@ def generate(
     return [
         Generation(problem=failed[i].details)
         if i in failed
-        else Generation(pictures=pictures[i], seeds=plan.seeds, ran=told(resident, plan, loras, embedded[i], named, steps_run, pictures[i][0], timings[i]))
+        else Generation(pictures=pictures[i], seeds=plan.seeds, ran=told(resident, plan, loras, embedded[i], named, steps_run, pictures[i][0], timings[i], guided))
         for i, plan in enumerate(plans)
     ]
 
@@ -148,12 +152,14 @@ def _stacked(arguments: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def told(
-    resident: Resident, plan: Plan, loras: list[AppliedLora], embedded: list[Embedded], named: Scheduler, steps_run: int, picture: Pixels, timing: Timing
+    resident: Resident, plan: Plan, loras: list[AppliedLora], embedded: list[Embedded], named: Scheduler, steps_run: int, picture: Pixels, timing: Timing, guided: Guided | None = None
 ) -> Ran:
     """What ran."""
     model = resident.entry.model
     by_name = {one.name: one for each in embedded for one in each.used}
     used = [by_name[planned.name] for planned in plan.embeddings]
+    guided = guided or Guided()
+    parts = [*loras, *used, *guided.parts]
     return Ran(
         model_id=resident.entry.id,
         model_sha256=resident.sha256,
@@ -170,6 +176,8 @@ def told(
         clip_skip=plan.clip_skip,
         loras=loras,
         embeddings=used,
+        controls=guided.controls,
+        ip_adapter=guided.prompt,
         strength=plan.strength,
         inpainting=plan.inpainting,
         hires=plan.hires,
@@ -179,8 +187,8 @@ def told(
         prompt_tokens=max(each.tokens for each in embedded),
         prompt_tokens_cut=max(each.cut for each in embedded),
         licence=model.licence,
-        commercial_use=model.commercial_use and all(part.commercial_use for part in (*loras, *used)),
-        credit=list(dict.fromkeys(filter(None, [model.credit, *(part.credit for part in (*loras, *used))]))),
+        commercial_use=model.commercial_use and all(part.commercial_use for part in parts),
+        credit=list(dict.fromkeys(filter(None, [model.credit, *(part.credit for part in parts)]))),
         notes=[*plan.notes, *dict.fromkeys(note for each in embedded for note in each.notes), *_told(plan.loras, loras), *_told(plan.embeddings, used)],
         libraries=libraries(),
         timing=timing,

@@ -17,8 +17,8 @@ import torch
 from core import problems
 from core.catalogue import FAMILIES, Catalogue, Entry
 from core.generation import Generation, Plan, Timing
-from core.settings import Model, MotionAdapter, Settings, beside_configuration, secrets
-from runners import animation, denoise, loading, memory, multimodal, optimising, upscaling, weights
+from core.settings import ControlNet, IpAdapter, Model, MotionAdapter, Settings, beside_configuration, secrets
+from runners import animation, denoise, guides, loading, memory, multimodal, optimising, upscaling, weights
 from runners.memory import Way
 from runners.queue import DeviceQueue, Job, Share, check_all
 from runners.residency import Residency, Resident, release_memory
@@ -41,6 +41,7 @@ class Device:
             torch.set_num_threads(models.cpu_threads)
         self.residency = Residency(models, self.torch_device, lora_budget=settings.loras.memory_budget_bytes)
         self.safety = SafetyChecker(settings.safety, self.torch_device)
+        self._guides: dict[str, tuple[ControlNet | IpAdapter, Path]] = {}
         self.queue = DeviceQueue(self.residency.sweep, catalogue.queue.limit, catalogue.queue.per_key)
 
     def fetch(self, entry: Entry) -> Path:
@@ -66,6 +67,15 @@ class Device:
         adapter = self._adapter(plan)
         named = adapter.model_dump(include={"id", "family", "source", "variant", "revision"})
         return loading.fetch(Entry(Model(**named), FAMILIES[adapter.family]), secrets().hf_token.get_secret_value(), component=True)
+
+    def fetch_guides(self, plan: Plan) -> None:
+        """Make the files of a plan's ControlNets and IP-Adapter local (no device needed; any thread).
+
+        Raises:
+            Problem: 503 that says what stands in the way.
+        """
+        for spec in self.catalogue.guides(plan):
+            self._guides[spec.id] = spec, guides.fetch(spec, secrets().hf_token.get_secret_value())
 
     def submit(self, plan: Plan, path: Path, others: dict[str, Path] | None = None) -> Future[Generation]:
         """Queue a plan whose model's files are at `path`, and those of the `others` that it names, by id, at theirs.
@@ -112,6 +122,7 @@ class Device:
         def draw(way: Way) -> list[Generation]:
             loras = self.residency.adapt(resident, plan.loras)
             upscaler = self._upscaler(plan, paths, resident)
+            guided = self.residency.guide(resident, plan, self._guides)
             for timing in timings:
                 timing.load = 1000 * (time.perf_counter() - started)
             with self._thrift(resident, way):
@@ -123,7 +134,7 @@ class Device:
                 elif plan.upscale:
                     drawn = [upscaling.run(resident, p, check, timing, way.thrifty) for p, timing in zip(plans, timings, strict=True)]
                 else:
-                    drawn = denoise.generate(resident, plans, loras, check, way.rows, timings, upscaler)
+                    drawn = denoise.generate(resident, plans, loras, guided, check, way.rows, timings, upscaler)
             for ran in (generation.ran for generation in drawn if generation.ran):
                 ran.degraded = ran.degraded if entry.model.family == "upscaler" else way.told(request.rows)
             return drawn

@@ -100,7 +100,7 @@ class DiffusionRunner:
         )
 
     async def _prepared(self, plan: Plan) -> dict[str, Path]:
-        """The local paths of a plan's models, by id.
+        """The local paths of a plan's models, by id; its ControlNets and IP-Adapter are local too.
 
         Raises:
             Problem: what stands in the way; 499 where the plan is cancelled meanwhile.
@@ -124,6 +124,8 @@ class DiffusionRunner:
         if plan.animation:
             fetches[plan.animation.motion_adapter] = partial(self.device.fetch_motion, plan)
         paths = await asyncio.gather(*(self._local(id, fetch) for id, fetch in fetches.items()))
+        if plan.controls or plan.ip_adapter:
+            await asyncio.to_thread(self.device.fetch_guides, plan)
         return dict(zip(fetches, paths, strict=True))
 
     async def _local(self, id: str, fetch: Callable[[], Path]) -> Path:

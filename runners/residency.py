@@ -23,10 +23,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from core.catalogue import Entry
-from core.generation import AppliedLora, PlannedLora, ResidentModel
+from core.generation import AppliedLora, Plan, PlannedLora, ResidentModel
 from core.settings import Models, MotionAdapter
-from runners import loading, memory, motion, optimising, weights
+from runners import control, loading, memory, motion, optimising, weights
 from runners.adapters import Adapters
+from runners.guides import Guided, Guides, Spec
 from runners.loading import Kind
 from runners.motion import Motion
 
@@ -47,6 +48,7 @@ class Resident:
     scheduler: Any
     base: DiffusionPipeline
     adapters: Adapters
+    guides: Guides
     weights_bytes: int
     host_bytes: int
     used: float
@@ -55,11 +57,13 @@ class Resident:
     motion: Motion | None = None
     _made: dict[Kind, DiffusionPipeline] = field(default_factory=dict)
 
-    def pipeline(self, kind: Kind) -> DiffusionPipeline:
-        """The pipeline that does `kind`, of this model's components.
+    def pipeline(self, kind: Kind, nets: list[torch.nn.Module] | None = None) -> DiffusionPipeline:
+        """The pipeline that does `kind`, of this model's components, controlled by ControlNets where there are `nets`.
 
         Its scheduler is whichever was put in last: give it one of the batch's own.
         """
+        if nets:
+            return control.pipeline(self.base, self.entry.model.family, kind, nets, **_flags(self.base))
         if kind == "txt2img":
             return self.base
         if kind not in self._made:
@@ -70,8 +74,8 @@ class Resident:
 
     @property
     def bytes(self) -> int:
-        """On the device, of the model, the LoRAs beside it (those wait where the model waits) and its motion adapter."""
-        return self.weights_bytes + (0 if self.host_bytes else self.adapters.bytes) + (self.motion.bytes if self.motion else 0)
+        """On the device, of the model, the LoRAs beside it (those wait where the model waits) and what else is beside it."""
+        return self.weights_bytes + (0 if self.host_bytes else self.adapters.bytes) + (self.motion.bytes if self.motion else 0) + self.guides.bytes
 
 
 class Residency:
@@ -131,7 +135,7 @@ class Residency:
         host = total if entry.model.optimise.offload != "none" else 0
         now = time.monotonic()
         adapters = Adapters(base, entry.id, self.lora_budget)
-        return Resident(entry, dtype, base.scheduler, base, adapters, measured, host, now, now - started, weights.sha256(path, entry.model.variant))
+        return Resident(entry, dtype, base.scheduler, base, adapters, Guides(base, entry, dtype), measured, host, now, now - started, weights.sha256(path, entry.model.variant))
 
     def adapt(self, resident: Resident, loras: list[PlannedLora]) -> list[AppliedLora]:
         """Make exactly these LoRAs act on a model, and make room for them among the other models.
@@ -152,9 +156,22 @@ class Residency:
         if resident.motion is None or resident.motion.id != adapter.id:
             resident.motion = None
             resident.motion = motion.load(resident.base, adapter, path)
-            self._evict(0, keep=(resident.entry.id, resident.dtype))
+            self._evict(0, keep=_keys(resident))
         resident.motion.follow(resident.base.unet)
         return resident.motion
+
+    def guide(self, resident: Resident, plan: Plan, specs: dict[str, tuple[Spec, Path]]) -> Guided:
+        """Make exactly a plan's ControlNets and IP-Adapter act on a model, and make room for them among the other models.
+
+        Raises:
+            Problem: see `Guides.apply`.
+        """
+
+        def make_room(needed: int) -> int:
+            self._evict(needed, keep=_keys(resident))
+            return self.resident_bytes + needed - self.budget
+
+        return resident.guides.apply(plan, specs, make_room)
 
     def sweep(self) -> None:
         """Unload what has been idle for its timeout."""
@@ -162,6 +179,8 @@ class Residency:
         for key, resident in list(self._residents.items()):
             if now - resident.used >= self._timeout(resident.entry):
                 self._unload(key, "idle")
+            else:
+                resident.guides.drop_idle(self._timeout(resident.entry))
 
     def unload(self, model_id: str | None) -> int:
         """Unload one model in every precision, or all; the number unloaded."""
@@ -194,6 +213,7 @@ class Residency:
                 resident_bytes=r.bytes,
                 host_bytes=r.host_bytes and r.host_bytes + r.adapters.bytes,
                 loras=r.adapters.snapshot(),
+                guides=r.guides.snapshot(),
                 last_used_s_ago=round(now - r.used, 3),
                 unload_in_s=round(max(0.0, self._timeout(r.entry) - (now - r.used)), 3),
             )
