@@ -174,15 +174,16 @@ def _vector(tensor: Tensor) -> Vector:
     return Vector(shape=tuple(tensor.shape), data=tensor.float().cpu().numpy().astype("<f4").tobytes())
 
 
-def _told(prompt: str, cut: int) -> list[str]:
+def _told(prompt: str, cut: int, most: int) -> list[str]:
     notes = ["prompt weights are plain text to this model"] if any(weight != 1 for _, weight in prompts.parse_weights(prompt)) else []
-    return [*notes, f"the prompt's last {cut} tokens were cut: the model reads 75"] if cut else notes
+    return [*notes, f"the prompt's last {cut} tokens were cut: the model reads {most}"] if cut else notes
 
 
 def _generation(resident: Resident, plan: Plan, rows: list[Row], sampling: _Sampling, timing: Timing) -> Generation:
     pipe, entry = resident.base, resident.entry
     tokens = len(pipe.clip_tokenizer(plan.prompt, truncation=False).input_ids) - 2
-    cut = max(0, tokens - (pipe.clip_tokenizer.model_max_length - 2))
+    most = pipe.clip_tokenizer.model_max_length - 2  # without the marks at its ends
+    cut = max(0, tokens - most)
     ran = Ran(
         model_id=entry.id,
         model_sha256=resident.sha256,
@@ -205,7 +206,7 @@ def _generation(resident: Resident, plan: Plan, rows: list[Row], sampling: _Samp
         licence=entry.model.licence,
         commercial_use=entry.model.commercial_use,
         credit=[entry.model.credit] if entry.model.credit else [],
-        notes=[*plan.notes, *_told(plan.prompt, cut)],
+        notes=[*plan.notes, *_told(plan.prompt, cut, most)],
         libraries=denoise.libraries(),
         timing=timing,
     )
