@@ -41,7 +41,7 @@ from transformers import (
 STEPS = 1000
 VAE = HERE / "stable-diffusion" / "vae"  # shared with the starter Stable Diffusion
 # How often each part of the square of timesteps is drawn.
-TASKS = {"joint": 0.15, "text2img": 0.62, "img2text": 0.15, "img": 0.05, "text": 0.03}
+TASKS = {"joint": 0.08, "text2img": 0.74, "img2text": 0.13, "img": 0.03, "text": 0.02}
 
 
 @dataclass
@@ -143,6 +143,18 @@ def save(out: Path, unet: UniDiffuserModel) -> None:
     ).save_config(out)
 
 
+def optimizers_of(unet: UniDiffuserModel, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for all else. A step takes 1.4 times as
+    long as with AdamW alone, and brings the loss down more than that."""
+    matrices = [p for name, p in unet.named_parameters() if p.ndim == 2 and name.startswith("transformer.")]
+    known = {id(p) for p in matrices}
+    others = [p for p in unet.parameters() if id(p) not in known]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=1e-2),
+    ]
+
+
 class Trainer:
     """Draws batches from the square of timesteps and measures the loss on them."""
 
@@ -211,13 +223,14 @@ def main() -> None:
         if device == "cpu" and hasattr(module, "set_processor"):
             module.set_processor(AttnProcessor())  # the fused one is slow for short sequences here
     average = copy.deepcopy(unet).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizers = optimizers_of(unet, args.rate)
     step, spent, conditions = 0, 0.0, None
     if args.work.exists():
         saved = torch.load(args.work, map_location=device, weights_only=True)
         unet.load_state_dict(saved["unet"])
         average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         step, spent, conditions = saved["step"], saved["spent"], saved["conditions"]
     torch.manual_seed(step)
     trainer = Trainer(conditions or Frozen.load(args.out, device).conditions(emoji, args.variants), device)
@@ -228,24 +241,25 @@ def main() -> None:
     order: list[int] = []
 
     def checkpoint() -> None:
-        state = {"unet": unet.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        state = {"unet": unet.state_dict(), "average": average.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
         state["conditions"] = trainer.known
         torch.save(state | {"spent": spent + time.process_time() - started}, args.work.with_suffix(".tmp"))
         args.work.with_suffix(".tmp").replace(args.work)
         save(args.out, average)
 
     while (used := (spent + time.process_time() - started) / (60 * args.minutes)) < 1:
-        for group in optimizer.param_groups:
+        for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = args.rate * min(1, (step + 1) / 200) * min(1, max(0.01, (1 - used) / args.settle))
         while len(order) < args.batch:  # every picture once an epoch, in a new order
             order += torch.randperm(len(emoji)).tolist()
         chosen, order = order[: args.batch], order[args.batch :]
         parts = trainer.loss(unet, chosen)
         loss = parts["latents"] + 0.3 * parts["clip"] + parts["text"]
-        optimizer.zero_grad(set_to_none=True)
+        unet.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
         keep = min(0.998, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - keep)
