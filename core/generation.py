@@ -266,6 +266,12 @@ class Plan(BaseModel):
         return [self.model_id, *([self.hires.model_id] if self.hires and self.hires.model_id else [])]
 
     @property
+    def steps(self) -> int:
+        """Denoising steps that a batch of its pictures takes."""
+        first = self.num_inference_steps if self.strength is None else int(self.num_inference_steps * self.strength)
+        return first + (self.hires.steps if self.hires else 0)
+
+    @property
     def batch_key(self) -> str:
         """Plans with equal keys can share a batch: all but prompts, seeds and input pictures is alike."""
         own = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "control_images", "ip_adapter_images", "deadline_s", "notes", "experiment"}
@@ -412,8 +418,18 @@ class ResidentModel(BaseModel):
     error: str | None = None
 
 
+class Progress(BaseModel):
+    """What the device is drawing: denoising steps done, of those expected for all batches of the
+    requests that it took together; null where their number is not known before (diffusion upscalers' tiles)."""
+
+    model_id: str
+    steps_done: int
+    steps: int | None
+
+
 class QueueStatus(BaseModel):
     running: int
+    progress: Progress | None = None
     waiting: int
     limit: int
     mean_service_s: float | None

@@ -19,7 +19,7 @@ from runners.motion import Motion
 from runners.residency import Resident
 
 
-def generate(resident: Resident, motion: Motion, plan: Plan, loras: list[AppliedLora], check: Callable[[], None], at_once: int, timing: Timing) -> Generation:
+def generate(resident: Resident, motion: Motion, plan: Plan, loras: list[AppliedLora], check: Callable[..., None], at_once: int, timing: Timing) -> Generation:
     """Draw a plan's frames.
 
     Args:
@@ -52,7 +52,7 @@ def generate(resident: Resident, motion: Motion, plan: Plan, loras: list[Applied
         nonlocal steps_run, last_step
         steps_run += 1
         last_step = time.perf_counter()
-        check()
+        check(stepped=True)
         return tensors
 
     latents = pipe(

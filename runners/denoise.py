@@ -44,7 +44,7 @@ from runners.loading import Kind
 from runners.prompts import Embedded
 from runners.residency import Resident
 
-Check = Callable[[], None]
+Check = Callable[..., None]  # `check(stepped=True)` after a denoising step
 
 
 def generate(
@@ -87,7 +87,7 @@ def generate(
         nonlocal steps_run, last_step
         steps_run += 1
         last_step = time.perf_counter()
-        check()
+        check(stepped=True)
         return tensors
 
     # 3. Denoise and decode, in batches that fit.

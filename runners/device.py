@@ -7,7 +7,9 @@ the runner's own process only.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 
 from core import problems
 from core.catalogue import FAMILIES, Catalogue, Entry
-from core.generation import Generation, Plan, Timing
+from core.generation import Generation, Plan, Progress, Timing
 from core.settings import ControlNet, IpAdapter, Model, MotionAdapter, Settings, beside_configuration, secrets
 from runners import animation, denoise, guides, loading, memory, multimodal, optimising, upscaling, weights
 from runners.memory import Way
@@ -116,7 +118,13 @@ class Device:
         room = memory.needed(request, way) - memory.weights_at_rest(entry, paths[entry.id], dtype)
         resident = self.residency.acquire(entry, paths[entry.id], dtype, room)
 
-        def check() -> None:
+        done = itertools.count(1)
+        rows = sum(multimodal.rows_of(p) if entry.traits.multimodal else len(p.seeds) for p in plans)
+        expected = None if plan.upscale else plan.steps * multimodal.passes(plan) * math.ceil(rows / way.rows)
+
+        def check(stepped: bool = False) -> None:
+            if stepped:
+                jobs[0].progress = Progress(model_id=entry.id, steps_done=next(done), steps=expected)
             check_all(jobs)
 
         def draw(way: Way) -> list[Generation]:

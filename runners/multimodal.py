@@ -49,7 +49,7 @@ class Row:
     embedding: Embedding | None = None
 
 
-def run(resident: Resident, plans: list[Plan], check: Callable[[], None], max_batch: int, timings: list[Timing]) -> list[Generation]:
+def run(resident: Resident, plans: list[Plan], check: Callable[..., None], max_batch: int, timings: list[Timing]) -> list[Generation]:
     """Do plans of one model, task and sampling, in batches that fit.
 
     Args:
@@ -85,6 +85,11 @@ def run(resident: Resident, plans: list[Plan], check: Callable[[], None], max_ba
     return generations
 
 
+def passes(plan: Plan) -> int:
+    """How often the pipeline is run for a batch of a plan."""
+    return len(MODES.get(plan.task, ("txt2img",)))
+
+
 def rows_of(plan: Plan) -> int:
     """How many rows of a batch a plan takes."""
     return max(1, len(plan.images)) * len(plan.seeds)
@@ -98,7 +103,7 @@ def _rows(plan: Plan) -> list[Row]:
 class _Sampling:
     """Calls of the pipeline with a plan's arguments; counts steps and the milliseconds after the last."""
 
-    def __init__(self, resident: Resident, plan: Plan, check: Callable[[], None]) -> None:
+    def __init__(self, resident: Resident, plan: Plan, check: Callable[..., None]) -> None:
         self._resident, self._plan, self._check = resident, plan, check
         self.scheduler, self.schedule = "none", None
         self.steps, self.calls, self.decode = 0, 0, 0.0
@@ -122,7 +127,7 @@ class _Sampling:
             nonlocal last_step
             self.steps += 1
             last_step = time.perf_counter()
-            self._check()
+            self._check(stepped=True)
 
         made = pipe(
             **inputs,

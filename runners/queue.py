@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from core import problems
-from core.generation import QueueStatus
+from core.generation import Progress, QueueStatus
 
 log = logging.getLogger("easel.queue")
 R = TypeVar("R")
@@ -54,6 +54,7 @@ class Job(Generic[R]):
     share: Share[Any, R] | None = None
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
+    progress: Progress | None = None
     future: Future[R] = field(default_factory=Future)
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -143,7 +144,8 @@ class DeviceQueue:
 
     def status(self) -> QueueStatus:
         with self._changed:
-            return QueueStatus(running=len(self._running), waiting=self._count, limit=self.limit, mean_service_s=self._mean_s)
+            progress = self._running[0].progress if self._running else None
+            return QueueStatus(running=len(self._running), progress=progress, waiting=self._count, limit=self.limit, mean_service_s=self._mean_s)
 
     @property
     def idle(self) -> bool:

@@ -21,7 +21,7 @@ from core.tiling import count
 from runners import denoise, prompts, tiling
 from runners.residency import Resident
 
-Check = Callable[[], None]
+Check = Callable[..., None]  # as in runners.denoise
 
 
 def run(resident: Resident, plan: Plan, check: Check, timing: Timing, thrifty: bool = False) -> Generation:
@@ -110,7 +110,7 @@ class _Diffusion:
         self._pipe.scheduler, named = denoise.make_scheduler(resident, None)
         self.sampler = f"{named.sampler} {named.schedule}" if named.schedule else named.sampler
         self._generator = torch.Generator("cpu").manual_seed(plan.seeds[0])
-        self._step = lambda *_: check()
+        self._step = lambda *_: check(stepped=True)
         if resident.entry.model.family == "sd_x4_upscaler":
             assert plan.upscale is not None
             embedded = prompts.embed(self._pipe, "sd2", plan)

@@ -131,6 +131,8 @@ def test_a_cancel_stops_an_animation_within_one_step(device: Device) -> None:
 
     def counted(*_: object) -> None:
         steps.append(1)
+        progress = device.queue.status().progress
+        assert progress is None if len(steps) == 1 else (progress.steps_done, progress.steps) == (len(steps) - 1, 20)
         if len(steps) == 2:
             assert device.queue.cancel("to-cancel")
 

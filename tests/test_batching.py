@@ -126,3 +126,23 @@ def test_one_that_is_cancelled_does_not_take_the_others_along(device: Device) ->
         assert len(futures[1].result(60).pictures) == 1
     finally:
         hook.remove()
+
+
+def test_the_queue_tells_how_far_the_device_is(device: Device) -> None:
+    """Six pictures in batches of four, three steps each."""
+    entry = device.catalogue.find("starter")
+    resident = device.residency.acquire(entry, device.fetch(entry), torch.float32)
+    told: list[int | None] = []
+
+    def look(*_: object) -> None:
+        progress = device.queue.status().progress
+        told.append(progress and progress.steps_done)
+        assert progress is None or (progress.model_id, progress.steps) == ("starter", 6)
+
+    hook = resident.base.unet.register_forward_pre_hook(look)
+    try:
+        submit(device, planned(device, seed=1, count_returned=6)).result(60)
+    finally:
+        hook.remove()
+    assert told == [None, 1, 2, 3, 4, 5]
+    assert device.queue.status().progress is None
