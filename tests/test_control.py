@@ -17,10 +17,11 @@ from pydantic import ValidationError
 
 from core import preprocessing
 from core.catalogue import Catalogue
-from core.generation import Generation, GenerationRequest, Inputs, Pixels, Plan
+from core.generation import Generation, GenerationRequest, Inputs, Pixels, Plan, PlannedLora
 from core.problems import Problem
 from core.settings import ControlNet, IpAdapter, Model, Models, Settings, UniDiffuser
 from runners.device import Device
+from tests import lora_files
 from tests import miniatures as made
 from tests.conftest import Server, held
 
@@ -157,6 +158,27 @@ def test_an_ip_adapter_changes_the_picture_and_leaves_nothing_behind(device: Dev
     assert all(after[name] is processor for name, processor in before.items())
 
 
+def test_a_lora_and_an_ip_adapter_act_together_and_each_leaves_the_other(device: Device, tmp_path: Path) -> None:
+    adapter = {"ip_adapter": "ip-sd15", "pictures": [DRAWING]}
+    plain, guided = draw(device, "sd15"), draw(device, "sd15", **adapter)
+    base = device.residency.acquire(device.catalogue.find("sd15"), Path(), torch.float32).base
+    path = lora_files.write(tmp_path / "free.safetensors", lora_files.diffusers_layout(lora_files.matrices(base, encoders=False)))
+    lora = PlannedLora(name="free", weight=0.8, path=str(path), sha256=None, commercial_use=True, credit=None)
+
+    def with_lora(pictures: list[Pixels], **values: object) -> Generation:
+        plan = planned(device, "", pictures, **values).model_copy(update={"loras": [lora]})
+        return device.submit(plan, device.fetch(device.catalogue.find("sd15"))).result(60)
+
+    alone, both = with_lora([]), with_lora([DRAWING], ip_adapter="ip-sd15")
+    assert difference(alone, plain) > 0
+    assert min(difference(both, alone), difference(both, guided)) > 0
+    assert both.ran.loras[0].layers > 0
+    assert both.ran.loras[0].unmatched == 0
+    assert difference(with_lora([]), alone) == 0
+    assert difference(draw(device, "sd15", **adapter), guided) == 0
+    assert difference(draw(device, "sd15"), plain) == 0
+
+
 def test_what_guides_counts_as_its_models_bytes_and_goes_when_idle_or_for_room(device: Device) -> None:
     draw(device, "sd15", control=[DRAWING], controlnet="sd15-a")
     draw(device, "sd15", pictures=[DRAWING], ip_adapter="ip-sd15")
@@ -164,7 +186,7 @@ def test_what_guides_counts_as_its_models_bytes_and_goes_when_idle_or_for_room(d
     resident = residency.acquire(device.catalogue.find("sd15"), Path(), torch.float32)
     shown = next(m for m in residency.snapshot([]) if m.model_id == "sd15")
     assert {"sd15-a", "ip-sd15"} <= {g.id for g in shown.guides}
-    assert shown.resident_bytes == resident.weights_bytes + sum(g.resident_bytes for g in shown.guides)
+    assert shown.resident_bytes == resident.weights_bytes + sum(beside.resident_bytes for beside in (*shown.guides, *shown.loras))
     resident.guides.drop_idle(0)
     assert resident.guides.bytes == 0
     draw(device, "sd15", control=[DRAWING], controlnet="sd15-a")
@@ -178,8 +200,10 @@ def test_what_guides_counts_as_its_models_bytes_and_goes_when_idle_or_for_room(d
         residency.budget = room
 
 
-def planned(device: Device, controlnets: str) -> Plan:
-    plan = device.catalogue.plan(GenerationRequest(prompt="x", model_id="sd15", controlnet=controlnets), Inputs(control_image=[DRAWING]), "test")
+def planned(device: Device, controlnets: str, pictures: Sequence[Pixels] = (), **values: object) -> Plan:
+    asked = {"prompt": "a cat", "model_id": "sd15", "seed": 1, "num_inference_steps": 2, "width": 128, "height": 128, "controlnet": controlnets or None, **values}
+    inputs = Inputs(control_image=[DRAWING] if controlnets else [], ip_adapter_image=list(pictures))
+    plan = device.catalogue.plan(GenerationRequest.model_validate(asked), inputs, "test")
     device.fetch_guides(plan)
     return plan
 
