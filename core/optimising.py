@@ -67,7 +67,8 @@ class Optimise(BaseModel):
             found.append(f"compile: compiled layers cannot be moved one by one; use offload: model instead of {self.offload}")
         if self.device_map and (self.offload != "none" or self.quantisation or self.compile or single_file):
             found.append("device_map: goes with a model in diffusers' layout, without offload, quantisation and compile")
-        if family == "unidiffuser" and (other := self.model_fields_set - {"vae_slicing", "vae_tiling", "channels_last"}):
+        chosen = {name for name, value in self if value != type(self).model_fields[name].default}
+        if family == "unidiffuser" and (other := chosen - {"vae_slicing", "vae_tiling", "channels_last"}):
             found.append(f"{', '.join(sorted(other))}: UniDiffuser has vae_slicing, vae_tiling and channels_last alone")
         return found
 

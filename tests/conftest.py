@@ -85,7 +85,7 @@ def serving(folder: Path, overrides: dict, target: str = "service:ImageGeneratio
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
         if ready:
-            wait_for(lambda: _ready(server), 120, server)
+            wait_for(lambda: _ready(server), 240, server)
         yield server
     finally:
         if process.poll() is None:
