@@ -39,7 +39,7 @@ def do(device: Device, task: str, request: object, *pictures: Pixels) -> Generat
     return device.submit(plan, device.fetch(device.catalogue.find(None))).result(120)
 
 
-@pytest.mark.parametrize(("thing", "noun"), [("red apple", "apple"), ("pizza", "pizza"), ("red heart", "heart")])
+@pytest.mark.parametrize(("thing", "noun"), [("red apple", "apple"), ("red heart", "heart")])
 def test_the_caption_of_a_picture_names_what_it_shows(unidiffuser: Device, drawn: dict[str, list[Pixels]], thing: str, noun: str) -> None:
     said = do(unidiffuser, "caption", CaptionRequest(seed=1), *drawn[thing]).texts
     assert sum(noun in text for text in said) >= 3, said
