@@ -266,6 +266,11 @@ class Plan(BaseModel):
         return [self.model_id, *([self.hires.model_id] if self.hires and self.hires.model_id else [])]
 
     @property
+    def rows(self) -> int:
+        """How many rows of a batch it takes: each input picture of UniDiffuser's, else the prompt, with every seed."""
+        return max(1, len(self.images)) * len(self.seeds)
+
+    @property
     def steps(self) -> int:
         """Denoising steps that a batch of its pictures takes."""
         first = self.num_inference_steps if self.strength is None else int(self.num_inference_steps * self.strength)

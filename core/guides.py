@@ -7,14 +7,13 @@ core.generation takes the fields and the decided messages from here, core.catalo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from core import preprocessing
-from core.problems import nearest
+from core.problems import Refuse, nearest
 from core.settings import ControlNet, Family, IpAdapter, Models
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 4  # control images, and IP-Adapter images, of one request
 Guide = TypeVar("Guide", ControlNet, IpAdapter)
-Refuse = Callable[[str, str, str | list[str] | None, object], None]
 
 
 def _list(value: Any) -> Any:

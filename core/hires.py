@@ -6,15 +6,14 @@ core.catalogue plans it from a request's `hr_` parameters, which are A1111's; ru
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from core.generation import GenerationRequest, Hires
-from core.problems import nearest
+from core.problems import Refuse, nearest
 
 BUILT_IN = ("latent", "lanczos")
 LARGEST = 2  # times the model's max_size: the second pass redraws details, and composes nothing
 SCHEDULE = 1000  # the steps that a model knows
-Refuse = Callable[[str, str, str | list[str] | None, object], None]
 
 
 def plan(

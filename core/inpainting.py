@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from core.problems import Refuse
 from core.settings import Limits
 
 if TYPE_CHECKING:
@@ -61,9 +62,6 @@ class Inpainting(BaseModel):
     invert: bool
     full_res: bool
     padding: int | None
-
-
-Refuse = Callable[[str, str, str | list[str] | None, object], None]
 
 
 def plan(

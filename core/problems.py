@@ -7,12 +7,14 @@ runner hands its details to the entry service as data. Nothing else in Easel mak
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 MEDIA_TYPE = "application/problem+json"
+# Takes a field that cannot be honoured: its name, what is wrong, what is allowed, and what was given.
+Refuse = Callable[[str, str, str | list[str] | None, object], None]
 
 
 class FieldError(BaseModel):

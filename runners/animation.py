@@ -6,9 +6,7 @@ Everything here happens in the device's thread; runners.motion makes the pipelin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -19,7 +17,7 @@ from runners.motion import Motion
 from runners.residency import Resident
 
 
-def generate(resident: Resident, motion: Motion, plan: Plan, loras: list[AppliedLora], check: Callable[..., None], at_once: int, timing: Timing) -> Generation:
+def generate(resident: Resident, motion: Motion, plan: Plan, loras: list[AppliedLora], check: denoise.Check, at_once: int, timing: Timing) -> Generation:
     """Draw a plan's frames.
 
     Args:
@@ -44,17 +42,9 @@ def generate(resident: Resident, motion: Motion, plan: Plan, loras: list[Applied
     trained = replace(resident, scheduler=type(own).from_config(own.config, beta_schedule=asked.beta_schedule))
     pipe.scheduler, named = denoise.make_scheduler(trained, plan.scheduler or "DDIM Uniform")
     # 2. The prompt's embeddings, and the frames' latents (1, channels, frames, height, width).
-    began = last_step = time.perf_counter()
+    began = time.perf_counter()
     embedded = prompts.embed(pipe, resident.entry.model.family, plan)
-    steps_run = 0
-
-    def after_step(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal steps_run, last_step
-        steps_run += 1
-        last_step = time.perf_counter()
-        check(stepped=True)
-        return tensors
-
+    steps = denoise.Steps(check)
     latents = pipe(
         **embedded.arguments,
         num_frames=asked.num_frames,
@@ -64,7 +54,7 @@ def generate(resident: Resident, motion: Motion, plan: Plan, loras: list[Applied
         height=plan.height,
         generator=torch.Generator("cpu").manual_seed(plan.seeds[0]),
         output_type="latent",
-        callback_on_step_end=after_step,
+        callback_on_step_end=steps,
     ).frames
     # 3. The frames' pixels.
     frames = []
@@ -73,8 +63,8 @@ def generate(resident: Resident, motion: Motion, plan: Plan, loras: list[Applied
         with torch.no_grad():
             decoded = pipe.vae.decode(chunk / pipe.vae.config.scaling_factor).sample
         frames += [denoise.to_pixels(array) for array in (decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()]
-    timing.denoise, timing.decode = 1000 * (last_step - began), 1000 * (time.perf_counter() - last_step)
-    ran = denoise.told(resident, plan, loras, [embedded], named, steps_run, frames[0], timing)
+    timing.denoise, timing.decode = 1000 * (steps.last - began), 1000 * (time.perf_counter() - steps.last)
+    ran = denoise.told(resident, plan, loras, [embedded], named, steps.run, frames[0], timing)
     ran = ran.model_copy(
         update={
             "animation": asked.model_copy(update={"sha256": motion.sha256}),

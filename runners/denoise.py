@@ -47,6 +47,20 @@ from runners.residency import Resident
 Check = Callable[..., None]  # `check(stepped=True)` after a denoising step
 
 
+class Steps:
+    """A pipeline's callback: counts the denoising steps that were run, knows when the last one ended
+    (of `time.perf_counter`), and checks whether to go on."""
+
+    def __init__(self, check: Check) -> None:
+        self._check, self.run, self.last = check, 0, time.perf_counter()
+
+    def __call__(self, _pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self.run += 1
+        self.last = time.perf_counter()
+        self._check(stepped=True)
+        return tensors
+
+
 def generate(
     resident: Resident, plans: list[Plan], loras: list[AppliedLora], guided: Guided, check: Check, max_batch: int, timings: list[Timing], upscaler: Resident | None = None
 ) -> list[Generation]:
@@ -71,7 +85,7 @@ def generate(
     # 1. A scheduler of this batch's own: schedulers keep state, and sharing one mixes requests up.
     pipe.scheduler, named = make_scheduler(resident, plans[0].scheduler)
     # 2. Each prompt to embeddings, once for all the pictures that share it.
-    began = last_step = time.perf_counter()
+    began = time.perf_counter()
     failed: dict[int, Problem] = {}
     embedded: dict[int, list[Embedded]] = {}
     for i, plan in enumerate(plans):
@@ -81,20 +95,12 @@ def generate(
             failed[i] = problem
     inputs = [_input(plan) for plan in plans]
     guides = [guided.prepare(plan) for plan in plans]
-    steps_run = 0
-
-    def after_step(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal steps_run, last_step
-        steps_run += 1
-        last_step = time.perf_counter()
-        check(stepped=True)
-        return tensors
-
+    steps = Steps(check)
     # 3. Denoise and decode, in batches that fit.
     pictures: list[list[Pixels]] = [[] for _ in plans]
     for batch in _batches(embedded, max_batch):
         check()
-        steps_run = 0
+        steps.run = 0
         generators = [torch.Generator("cpu").manual_seed(plans[i].seeds[k]) for i, k in batch]
         stacked, second = _stacked([embedded[i][k].arguments for i, k in batch]), plans[0].hires
         arrays = pipe(
@@ -103,10 +109,10 @@ def generate(
             **guided.arguments(pipe, [guides[i] for i, _ in batch], plans[0].guidance_scale),
             generator=generators,
             output_type="latent" if second and second.upscaler == "latent" else "np",
-            callback_on_step_end=after_step,
+            callback_on_step_end=steps,
         ).images
         if second:
-            arrays = hires.redraw(resident, plans[0], make_scheduler(resident, plans[0].scheduler)[0], arrays, upscaler, stacked, [plans[i].seeds[k] for i, k in batch], after_step, check)
+            arrays = hires.redraw(resident, plans[0], make_scheduler(resident, plans[0].scheduler)[0], arrays, upscaler, stacked, [plans[i].seeds[k] for i, k in batch], steps, check)
         for (i, _), array in zip(batch, arrays, strict=True):
             try:
                 pictures[i].append(_finished(inputs[i], to_pixels(array)))
@@ -114,14 +120,14 @@ def generate(
                 failed[i] = problem
         decoded = time.perf_counter()
         for i in {i for i, _ in batch}:
-            timings[i].denoise += 1000 * (last_step - began)
-            timings[i].decode += 1000 * (decoded - last_step)
+            timings[i].denoise += 1000 * (steps.last - began)
+            timings[i].decode += 1000 * (decoded - steps.last)
         began = decoded
     # 4. What ran, for headers and metadata.
     return [
         Generation(problem=failed[i].details)
         if i in failed
-        else Generation(pictures=pictures[i], seeds=plan.seeds, ran=told(resident, plan, loras, embedded[i], named, steps_run, pictures[i][0], timings[i], guided))
+        else Generation(pictures=pictures[i], seeds=plan.seeds, ran=told(resident, plan, loras, embedded[i], named, steps.run, pictures[i][0], timings[i], guided))
         for i, plan in enumerate(plans)
     ]
 

@@ -87,9 +87,8 @@ class Device:
         """
         paths = {plan.model_id: path, **(others or {})}
         memory.choose(self._request([plan], path), self.residency.budget, self._may_offload)
-        rows = multimodal.rows_of(plan) if self.catalogue.find(plan.model_id).traits.multimodal else len(plan.seeds)
         share: Share[Plan, Generation] = Share(
-            plan.batch_key, plan, rows, self.catalogue.models.max_batch, lambda jobs, plans: self._checked(jobs, plans, paths)
+            plan.batch_key, plan, plan.rows, self.catalogue.models.max_batch, lambda jobs, plans: self._checked(jobs, plans, paths)
         )
         alone = Job(plan.id, plan.client, lambda job: self._checked([job], [plan], paths)[0], plan.deadline_s, None if plan.animation else share)
         return self.queue.submit(alone)
@@ -119,8 +118,7 @@ class Device:
         resident = self.residency.acquire(entry, paths[entry.id], dtype, room)
 
         done = itertools.count(1)
-        rows = sum(multimodal.rows_of(p) if entry.traits.multimodal else len(p.seeds) for p in plans)
-        expected = None if plan.upscale else plan.steps * multimodal.passes(plan) * math.ceil(rows / way.rows)
+        expected = None if plan.upscale else plan.steps * multimodal.passes(plan) * math.ceil(sum(p.rows for p in plans) / way.rows)
 
         def check(stepped: bool = False) -> None:
             if stepped:
@@ -176,7 +174,7 @@ class Device:
         """What plans that share batches need memory for."""
         entry = self.catalogue.find(plans[0].model_id)
         frames = plans[0].animation.num_frames if plans[0].animation else 0
-        rows = frames or sum(multimodal.rows_of(p) if entry.traits.multimodal else len(p.seeds) for p in plans)
+        rows = frames or sum(p.rows for p in plans)
         return memory.Request.of(plans[0], entry, path, self._dtype(entry, plans[0])[0], min(rows, self.catalogue.models.max_batch))
 
     def _upscaler(self, plan: Plan, paths: dict[str, Path], beside: Resident) -> Resident | None:

@@ -6,7 +6,6 @@ Everything here happens in the device's thread; runners.unidiffuser has the pipe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +48,7 @@ class Row:
     embedding: Embedding | None = None
 
 
-def run(resident: Resident, plans: list[Plan], check: Callable[..., None], max_batch: int, timings: list[Timing]) -> list[Generation]:
+def run(resident: Resident, plans: list[Plan], check: denoise.Check, max_batch: int, timings: list[Timing]) -> list[Generation]:
     """Do plans of one model, task and sampling, in batches that fit.
 
     Args:
@@ -90,11 +89,6 @@ def passes(plan: Plan) -> int:
     return len(MODES.get(plan.task, ("txt2img",)))
 
 
-def rows_of(plan: Plan) -> int:
-    """How many rows of a batch a plan takes."""
-    return max(1, len(plan.images)) * len(plan.seeds)
-
-
 def _rows(plan: Plan) -> list[Row]:
     pictures: list[Image.Image | None] = [to_pil(p) for p in plan.images] or [None]
     return [Row(torch.Generator("cpu").manual_seed(seed), picture, plan.prompt) for picture in pictures for seed in plan.seeds]
@@ -103,7 +97,7 @@ def _rows(plan: Plan) -> list[Row]:
 class _Sampling:
     """Calls of the pipeline with a plan's arguments; counts steps and the milliseconds after the last."""
 
-    def __init__(self, resident: Resident, plan: Plan, check: Callable[..., None]) -> None:
+    def __init__(self, resident: Resident, plan: Plan, check: denoise.Check) -> None:
         self._resident, self._plan, self._check = resident, plan, check
         self.scheduler, self.schedule = "none", None
         self.steps, self.calls, self.decode = 0, 0, 0.0

@@ -6,7 +6,6 @@ Everything here happens in the device's thread; runners.device calls it for plan
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,8 @@ from core.tiling import count
 from runners import denoise, prompts, tiling
 from runners.residency import Resident
 
-Check = Callable[..., None]  # as in runners.denoise
 
-
-def run(resident: Resident, plan: Plan, check: Check, timing: Timing, thrifty: bool = False) -> Generation:
+def run(resident: Resident, plan: Plan, check: denoise.Check, timing: Timing, thrifty: bool = False) -> Generation:
     """Enlarge the picture of a plan.
 
     Args:
@@ -105,7 +102,7 @@ def _dtype(resident: Resident) -> str:
 class _Diffusion:
     """A diffusion upscaler as what runners.tiling calls: (1, 3, h, w) in 0..1 to as many times larger."""
 
-    def __init__(self, resident: Resident, plan: Plan, check: Check) -> None:
+    def __init__(self, resident: Resident, plan: Plan, check: denoise.Check) -> None:
         self._pipe, self._plan, self._entry = resident.base, plan, resident.entry
         self._pipe.scheduler, named = denoise.make_scheduler(resident, None)
         self.sampler = f"{named.sampler} {named.schedule}" if named.schedule else named.sampler
