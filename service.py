@@ -18,8 +18,9 @@ from api import animate, app, backend, gate, multimodal, typed, upscaling
 from core import settings
 from core.auth import Keys, NoKeys
 from core.draining import Draining
+from core.model_settings import Models, Queue
 from core.placement import Place, gpus_seen, places, share
-from core.settings import Models, Queue, Settings
+from core.settings import Settings
 from runners.diffusion import DiffusionRunner
 
 

@@ -19,9 +19,10 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from core import images, metadata
-from core.generation import Generation, GenerationRequest, ImageFormat, Ran
+from core.generation import Generation, Ran
 from core.multimodal import PicturesRequest
 from core.problems import problem
+from core.requests import GenerationRequest, ImageFormat
 from core.upscaling import UpscaleRequest
 
 _IMAGES: dict[str, ImageFormat] = {"image/webp": "webp", "image/jpeg": "jpeg", "image/png": "png"}

@@ -18,9 +18,11 @@ from starlette.requests import Request
 from api import routing
 from api.routing import Runner
 from core import settings, trials
-from core.generation import Generation, Plan, RunnerStatus
+from core.generation import Generation
 from core.placement import MAX_WORKERS, runner_of
+from core.plans import Plan
 from core.problems import Problem, cancelled, problem, unavailable
+from core.status import RunnerStatus
 
 log = logging.getLogger("easel.api")
 T = TypeVar("T")

@@ -14,8 +14,9 @@ from api import multimodal, reading
 from core import settings, significance, trials
 from core.catalogue import Catalogue
 from core.experiments import Definition, Name, Variant, subject_key
-from core.generation import GenerationRequest, Inputs, Subject
+from core.plans import Inputs
 from core.problems import FieldError, Problem, invalid, invalid_field, nearest
+from core.requests import GenerationRequest, Subject
 from core.trials import Counts, Experiment, Recorded, Trials
 
 router = APIRouter(tags=["experiments"])

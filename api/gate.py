@@ -20,9 +20,10 @@ from api import backend
 from core import problems
 from core.auth import Caller, Keys
 from core.draining import Draining
-from core.generation import RunnerStatus, Task
+from core.plans import Task
 from core.problems import MEDIA_TYPE, Problem, problem
 from core.settings import Settings
+from core.status import RunnerStatus
 
 log = logging.getLogger("easel.api")
 ADMIN_PREFIX = "/admin/"

@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from api import answering, reading
 from core import settings
-from core.generation import Text
 from core.llm import Assistant, Route
+from core.requests import Text
 
 router = APIRouter(tags=["llm"])
 

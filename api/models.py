@@ -12,10 +12,10 @@ from api import backend, multimodal
 from core import guides, preprocessing
 from core.adapters import MAX_WEIGHT
 from core.catalogue import Catalogue
-from core.generation import RunnerDown, RunnerStatus
 from core.placement import runner_of
 from core.problems import Problem, invalid_field, nearest
 from core.settings import Settings
+from core.status import RunnerDown, RunnerStatus
 from core.styles import Style
 
 router = APIRouter(tags=["models"])

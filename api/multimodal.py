@@ -22,7 +22,7 @@ from api.embedding import EmbedResponse
 from api.seed import PICTURES, documented
 from core import images, multimodal, settings
 from core.catalogue import Catalogue
-from core.generation import Generation, Pixels, Ran, Sampling, Task
+from core.generation import Generation, Ran
 from core.multimodal import (
     CaptionRequest,
     EmbedRequest,
@@ -32,7 +32,9 @@ from core.multimodal import (
     TextsRequest,
     TextVariationRequest,
 )
+from core.plans import Pixels, Task
 from core.problems import invalid_field
+from core.requests import Sampling
 
 router = APIRouter(tags=["unidiffuser"])
 R = TypeVar("R", bound=Sampling | EmbedRequest)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from api import reading
 from core import images, preprocessing
-from core.generation import Pixels
+from core.plans import Pixels
 from core.problems import invalid_field, nearest
 from core.settings import Limits
 

@@ -16,10 +16,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from core import images
-from core.generation import GenerationRequest, Inputs
 from core.guides import MAX_IMAGES
 from core.inpainting import SIDES
+from core.plans import Inputs
 from core.problems import from_validation, invalid_field, nearest, problem
+from core.requests import GenerationRequest
 from core.settings import Limits
 
 Checked = TypeVar("Checked", bound=BaseModel)

@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Protocol
 
-from core.generation import Generation, Plan, RunnerStatus
+from core.generation import Generation
+from core.plans import Plan
+from core.status import RunnerStatus
 
 log = logging.getLogger("easel.api")
 ASK_S = 3.0  # how long a request waits for the statuses; one that loads a model may be late

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from api import answering, backend, reading, usage
 from core.catalogue import Catalogue
-from core.generation import GenerationRequest
+from core.requests import GenerationRequest
 from core.settings import Settings
 
 router = APIRouter(tags=["generation"])

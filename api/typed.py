@@ -18,10 +18,11 @@ from api import answering, backend, loras, reading, usage
 from api.answering import GenerationResponse
 from core import images, settings
 from core.catalogue import Catalogue
-from core.generation import GenerationRequest, Inputs
 from core.loras import keeping
 from core.loras.messages import Added, AddLora, Listing, Removed, RemoveLora
+from core.plans import Inputs
 from core.problems import invalid_field
+from core.requests import GenerationRequest
 
 router = APIRouter(tags=["typed"])
 

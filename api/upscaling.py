@@ -18,7 +18,8 @@ from api import answering, backend, reading, usage
 from api.seed import PICTURES, documented
 from core import images, settings, upscaling
 from core.catalogue import Catalogue
-from core.generation import Generation, Pixels
+from core.generation import Generation
+from core.plans import Pixels
 from core.problems import invalid_field
 from core.upscaling import UpscaleRequest
 

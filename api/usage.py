@@ -15,7 +15,8 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from core import settings
-from core.generation import Generation, Plan
+from core.generation import Generation
+from core.plans import Plan
 from core.problems import invalid_field, nearest, problem, unavailable
 from core.usage import GROUPS, Group, Ledger
 

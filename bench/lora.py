@@ -31,7 +31,9 @@ from diffusers import StableDiffusionPipeline
 
 from core import settings
 from core.catalogue import Catalogue
-from core.generation import GenerationRequest, PlannedLora, Timing
+from core.generation import Timing
+from core.plans import PlannedLora
+from core.requests import GenerationRequest
 from runners import denoise, loading
 from runners.residency import Residency
 from tests import lora_files

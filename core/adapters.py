@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.generation import GenerationRequest, PlannedLora
 from core.loras import Lora, Registry
 from core.loras.registry import NOUNS
+from core.model_settings import Family
+from core.plans import PlannedLora
 from core.problems import FieldError, Problem, shown, unavailable
-from core.settings import Family
+from core.requests import GenerationRequest
 
 MAX_WEIGHT = 10.0
 _TAG = re.compile(r"<lora:([^<>]*)>")

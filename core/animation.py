@@ -13,10 +13,11 @@ from PIL import Image
 from pydantic import BeforeValidator, Field
 
 from core.catalogue import Catalogue
-from core.generation import Animation, GenerationRequest, Pixels, Plan
 from core.images import exif_user_comment, to_pil
+from core.model_settings import MotionAdapter
+from core.plans import Animation, Pixels, Plan
 from core.problems import FieldError, invalid, nearest
-from core.settings import MotionAdapter
+from core.requests import GenerationRequest
 
 AnimationFormat = Literal["gif", "webp", "mp4"]
 MEDIA_TYPES: dict[AnimationFormat, str] = {"gif": "image/gif", "webp": "image/webp", "mp4": "video/mp4"}

@@ -1,4 +1,4 @@
-"""The models that can be asked for, what each family can do, and requests checked against it.
+"""The models that can be asked for, and requests checked against them.
 
 No torch: the entry process answers GET /capabilities and refuses what cannot run from here,
 before anything is queued. runners.loading makes the pipelines.
@@ -10,27 +10,16 @@ import math
 import random
 import re
 import uuid
-from dataclasses import dataclass
-from typing import get_args
 
 from core import guides, hires, inpainting, schedulers, trials
-from core.generation import GenerationRequest, Inputs, Pixels, Plan, Task
+from core.families import FAMILIES, Entry
 from core.loras import Lora, Registry, rights
 from core.loras.registry import Kind
+from core.model_settings import ControlNet, Family, IpAdapter, Model, Models, UniDiffuser
+from core.plans import Inputs, Pixels, Plan
 from core.problems import FieldError, Problem, invalid, invalid_field, nearest
-from core.settings import (
-    UPSCALERS,
-    ControlNet,
-    Dtype,
-    Family,
-    IpAdapter,
-    Limits,
-    Model,
-    Models,
-    Settings,
-    UniDiffuser,
-    beside_configuration,
-)
+from core.requests import GenerationRequest
+from core.settings import Settings, beside_configuration
 from core.wording import Writer
 
 _SEEDS = random.SystemRandom()
@@ -39,123 +28,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCI
 
 def random_seed() -> int:
     return _SEEDS.randrange(2**32)
-
-
-@dataclass(frozen=True)
-class FamilyTraits:
-    """What holds for all models of a family, unless the catalogue's entry says otherwise."""
-
-    size: int
-    min_size: int
-    max_size: int
-    multiple: int
-    num_inference_steps: int
-    guidance_scale: float
-    gpu_dtype: Dtype
-    prompt_tokens: int | None = None  # what is beyond is cut; None: no limit
-    negative_prompt: bool = True
-    prompt_weights: bool = True
-    clip_skip: bool = True
-    flow: bool = False
-    upscaler: bool = False  # makes a given picture larger; its size is that of its tiles
-    multimodal: bool = False  # UniDiffuser: one size, schedulers that do not scale, and core.multimodal's tasks
-
-
-# Sizes and steps: the models' own cards; dtypes: the seed's table. Max sizes are the sides beyond
-# which a family repeats itself rather than composes.
-FAMILIES: dict[Family, FamilyTraits] = {
-    "starter": FamilyTraits(64, 32, 256, 16, 25, 5.0, "float16"),
-    "sd15": FamilyTraits(512, 128, 1024, 8, 30, 7.5, "float16"),
-    "sd2": FamilyTraits(768, 128, 1536, 8, 30, 7.5, "float16"),
-    "sdxl": FamilyTraits(1024, 256, 2048, 8, 30, 5.0, "float16"),
-    "flux": FamilyTraits(1024, 256, 2048, 16, 28, 3.5, "bfloat16", 512, negative_prompt=False, prompt_weights=False, clip_skip=False, flow=True),
-    "unidiffuser": FamilyTraits(512, 8, 512, 8, 20, 8.0, "float16", 77, negative_prompt=False, prompt_weights=False, clip_skip=False, multimodal=True),
-    # Networks (ESRGAN and its kin) have no steps. The diffusion upscalers' tiles, steps and guidance: diffusers' defaults and the cards.
-    "upscaler": FamilyTraits(256, 8, 4096, 1, 0, 0.0, "float16", negative_prompt=False, prompt_weights=False, clip_skip=False, upscaler=True),
-    "sd_x4_upscaler": FamilyTraits(256, 8, 4096, 8, 75, 9.0, "float16", clip_skip=False, upscaler=True),
-    "latent_upscaler": FamilyTraits(512, 64, 4096, 64, 20, 0.0, "float16", prompt_weights=False, clip_skip=False, upscaler=True),
-}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A model with its family's defaults filled in. Only a listed one may be a path on this machine."""
-
-    model: Model
-    traits: FamilyTraits
-    listed: bool = True
-
-    @property
-    def id(self) -> str:
-        return self.model.id
-
-    @property
-    def size(self) -> int:
-        return self.model.size or self.traits.size
-
-    @property
-    def min_size(self) -> int:
-        return self.size if self.traits.multimodal else self.traits.min_size
-
-    @property
-    def max_size(self) -> int:
-        return self.size if self.traits.multimodal else self.model.max_size or self.traits.max_size
-
-    @property
-    def steps(self) -> int:
-        return self.model.num_inference_steps or self.traits.num_inference_steps
-
-    @property
-    def scale(self) -> int:
-        """An upscaler's factor; 1 for other models."""
-        return self.model.scale or UPSCALERS.get(self.model.family, 1)
-
-    @property
-    def guidance(self) -> float:
-        return self.traits.guidance_scale if self.model.guidance_scale is None else self.model.guidance_scale
-
-    def capabilities(self, limits: Limits) -> dict[str, object]:
-        """What may be asked of this model, as GET /capabilities tells it."""
-        t = self.traits
-        if t.upscaler:
-            return self._upscaler_capabilities(limits)
-        return {
-            "model_id": self.id,
-            "family": self.model.family,
-            "modes": list(get_args(Task)) if t.multimodal else ["inpaint"] if self.model.inpainting else ["txt2img", "img2img", "inpaint"],
-            "size": {"default": self.size, "min": self.min_size, "max": self.max_size, "multiple_of": t.multiple},
-            "num_inference_steps": {"default": self.steps, "min": 1, "max": limits.num_inference_steps},
-            "guidance_scale": {"default": self.guidance, "min": 0, "max": 30},
-            "count_returned": {"default": 1, "min": 1, "max": limits.count_returned},
-            "schedulers": schedulers.names(t.flow, unscaled=t.multimodal),
-            "img2img": None if t.multimodal else {"schedulers": schedulers.names(t.flow, image_to_image=True), "strength": {"default": 0.75, "above": 0, "max": 1}},
-            "torch_dtypes": ["float16", "bfloat16", "float32"],
-            "negative_prompt": t.negative_prompt,
-            "prompt_weights": t.prompt_weights,
-            "clip_skip": t.clip_skip,
-            "prompt_tokens": self.model.prompt_tokens or t.prompt_tokens,
-            "licence": self.model.licence,
-            "commercial_use": self.model.commercial_use,
-            "credit": self.model.credit,
-        }
-
-    def _upscaler_capabilities(self, limits: Limits) -> dict[str, object]:
-        steps = self.model.family != "upscaler"
-        return {
-            "model_id": self.id,
-            "family": self.model.family,
-            "modes": ["upscale"],
-            "scale": {"default": self.scale, "min": 1, "max": self.scale},
-            "pixels": {"max": limits.upscaled_pixels},
-            "tile": self.size,
-            "num_inference_steps": {"default": self.steps, "min": 1, "max": limits.num_inference_steps} if steps else None,
-            "guidance_scale": {"default": self.guidance, "min": 0, "max": 30} if steps else None,
-            "noise_level": {"default": 20, "min": 0, "max": 350} if self.model.family == "sd_x4_upscaler" else None,
-            "torch_dtypes": ["float16", "bfloat16", "float32"],
-            "licence": self.model.licence,
-            "commercial_use": self.model.commercial_use,
-            "credit": self.model.credit,
-        }
 
 
 class Catalogue:

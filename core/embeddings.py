@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from core.adapters import check_there, unfit
-from core.generation import PlannedEmbedding
 from core.loras import Lora, Registry
+from core.model_settings import Family
+from core.plans import PlannedEmbedding
 from core.problems import FieldError
-from core.settings import Family
 
 
 def replace(text: str, names: Iterable[str], by: Callable[[str], str]) -> str:

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from core.generation import Assigned, GenerationRequest
+from core.plans import Assigned
 from core.problems import FieldError, Problem, from_validation, invalid, problem
+from core.requests import GenerationRequest
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 # What a variant may not set: whose request it is and what becomes of its answer.

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from core import preprocessing
+from core.model_settings import ControlNet, Family, IpAdapter, Models
 from core.problems import Refuse, nearest
-from core.settings import ControlNet, Family, IpAdapter, Models
 
 if TYPE_CHECKING:
-    from core.generation import GenerationRequest, Inputs, Pixels
+    from core.plans import Inputs, Pixels
+    from core.requests import GenerationRequest
 
 MAX_IMAGES = 4  # control images, and IP-Adapter images, of one request
 Guide = TypeVar("Guide", ControlNet, IpAdapter)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from core.generation import GenerationRequest, Hires
+from core.plans import Hires
 from core.problems import Refuse, nearest
+from core.requests import GenerationRequest
 
 BUILT_IN = ("latent", "lanczos")
 LARGEST = 2  # times the model's max_size: the second pass redraws details, and composes nothing

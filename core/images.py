@@ -14,8 +14,9 @@ from typing import TypeVar
 
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from core.generation import ImageFormat, Pixels
+from core.plans import Pixels
 from core.problems import Problem, invalid_field, problem
+from core.requests import ImageFormat
 from core.settings import Limits
 
 T = TypeVar("T")

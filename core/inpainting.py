@@ -17,8 +17,9 @@ from core.problems import Refuse
 from core.settings import Limits
 
 if TYPE_CHECKING:
-    from core.catalogue import Entry
-    from core.generation import GenerationRequest, Inputs, Pixels
+    from core.families import Entry
+    from core.plans import Inputs, Pixels
+    from core.requests import GenerationRequest
 
 Fill = Literal["fill", "original", "latent noise", "latent nothing"]
 Size = tuple[int, int]

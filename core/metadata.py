@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 
 from core import embeddings
-from core.generation import Animation, Generation, Hires, Ran
+from core.generation import Generation, Ran
 from core.guides import Control
 from core.inpainting import SIDES, Inpainting
+from core.plans import Animation, Hires
 
 
 def _quote(value: object) -> str:

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.catalogue import Catalogue
-from core.generation import Format, GenerationRequest, Pixels, Plan, Precision, Sampling, Task, Text, usual_dtype_name
-from core.settings import Dtype
+from core.model_settings import Dtype
+from core.plans import Pixels, Plan, Task
+from core.requests import Format, GenerationRequest, Precision, Sampling, Text, usual_dtype_name
 
 Guidance = Annotated[float | None, Field(ge=0, le=30, allow_inf_nan=False, description="Classifier-free guidance; 1 or less: none.")]
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
-from core.settings import Models, Workers
+from core.model_settings import Models, Workers
 
 _SEEN = "_EASEL_GPUS"
 MAX_WORKERS = 64

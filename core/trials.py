@@ -18,8 +18,9 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel
 
 from core.experiments import Definition, Metric, applied, stopped
-from core.generation import Assigned, GenerationRequest
+from core.plans import Assigned
 from core.problems import invalid_field, nearest, problem, unavailable
+from core.requests import GenerationRequest
 from core.settings import Settings, beside_configuration
 
 log = logging.getLogger("easel.experiments")

@@ -12,9 +12,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from core.catalogue import Catalogue, Entry, random_seed
-from core.generation import MAX_SEED, Format, Pixels, Plan, Precision, Text, Upscale
+from core.catalogue import Catalogue, random_seed
+from core.families import Entry
+from core.plans import Pixels, Plan, Upscale
 from core.problems import FieldError, invalid, invalid_field, nearest
+from core.requests import MAX_SEED, Format, Precision, Text
 from core.tiling import count
 
 NOISE_LEVEL = 20  # diffusers' default

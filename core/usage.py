@@ -19,7 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from core.generation import Generation, Plan
+from core.generation import Generation
+from core.plans import Plan
 
 log = logging.getLogger("easel.usage")
 T = TypeVar("T")

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from core import adapters, embeddings, styles
 from core.blocklist import Blocklist
-from core.generation import Expansion, GenerationRequest, PlannedEmbedding, PlannedLora
 from core.loras import Lora, Registry
+from core.model_settings import Family
+from core.plans import Expansion, PlannedEmbedding, PlannedLora
 from core.problems import FieldError, shown
-from core.settings import Family, Settings, beside_configuration
+from core.requests import GenerationRequest
+from core.settings import Settings, beside_configuration
 from core.styles import Styles
 from core.wildcards import Refused, Wildcards
 

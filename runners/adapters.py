@@ -23,8 +23,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from core.generation import AppliedLora, PlannedLora, ResidentLora
+from core.generation import AppliedLora
+from core.plans import PlannedLora
 from core.problems import Problem, problem, unavailable
+from core.status import ResidentLora
 from runners import lora_files
 from runners.lora_files import Matrices
 

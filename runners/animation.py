@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from core.generation import AppliedLora, Generation, Plan, Timing
+from core.generation import AppliedLora, Generation, Timing
+from core.plans import Plan
 from core.problems import invalid_field
 from runners import denoise, prompts
 from runners.motion import Motion

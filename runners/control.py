@@ -25,10 +25,10 @@ from diffusers import (
 from torch import Tensor, nn
 
 from core import preprocessing
-from core.generation import Plan
 from core.guides import Control
 from core.images import to_pil
-from core.settings import ControlNet, Family
+from core.model_settings import ControlNet, Family
+from core.plans import Plan
 
 _SD: dict[str, type[DiffusionPipeline]] = {"txt2img": StableDiffusionControlNetPipeline, "img2img": StableDiffusionControlNetImg2ImgPipeline}
 CLASSES: dict[Family, dict[str, type[DiffusionPipeline]]] = {

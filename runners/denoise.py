@@ -22,21 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from core import __version__, schedulers
-from core.generation import (
-    AppliedEmbedding,
-    AppliedLora,
-    Generation,
-    Pixels,
-    Plan,
-    PlannedEmbedding,
-    PlannedLora,
-    Ran,
-    Timing,
-)
+from core.generation import AppliedEmbedding, AppliedLora, Generation, Ran, Timing
 from core.images import to_pil
+from core.model_settings import Family
+from core.plans import Pixels, Plan, PlannedEmbedding, PlannedLora
 from core.problems import Problem, invalid_field, problem
 from core.schedulers import Scheduler
-from core.settings import Family
 from runners import hires, inpainting, prompts
 from runners.guides import Guided
 from runners.inpainting import Painting

@@ -17,9 +17,13 @@ from pathlib import Path
 import torch
 
 from core import problems
-from core.catalogue import FAMILIES, Catalogue, Entry
-from core.generation import Generation, Plan, Progress, Timing
-from core.settings import ControlNet, IpAdapter, Model, MotionAdapter, Settings, beside_configuration, secrets
+from core.catalogue import Catalogue
+from core.families import FAMILIES, Entry
+from core.generation import Generation, Timing
+from core.model_settings import ControlNet, IpAdapter, Model, MotionAdapter
+from core.plans import Plan
+from core.settings import Settings, beside_configuration, secrets
+from core.status import Progress
 from runners import animation, denoise, guides, loading, memory, multimodal, optimising, upscaling, weights
 from runners.memory import Way
 from runners.queue import DeviceQueue, Job, Share, check_all

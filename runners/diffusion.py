@@ -18,8 +18,12 @@ import bentoml
 from core import problems, upscaling
 from core.catalogue import Catalogue
 from core.draining import Draining
-from core.generation import Generation, GenerationRequest, Pixels, Plan, RunnerStatus
-from core.settings import Models, Settings
+from core.generation import Generation
+from core.model_settings import Models
+from core.plans import Pixels, Plan
+from core.requests import GenerationRequest
+from core.settings import Settings
+from core.status import RunnerStatus
 from core.upscaling import UpscaleRequest
 
 if TYPE_CHECKING:

@@ -18,12 +18,14 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from core.catalogue import FAMILIES, Entry
-from core.generation import Plan, ResidentGuide
+from core.families import FAMILIES, Entry
 from core.guides import Control, ImagePrompt, parts
 from core.images import to_pil
+from core.model_settings import ControlNet, IpAdapter, Model
+from core.plans import Plan
 from core.problems import Problem, unavailable
-from core.settings import ROOT, ControlNet, IpAdapter, Model
+from core.settings import ROOT
+from core.status import ResidentGuide
 from runners import control, ip_adapters, loading, weights
 
 Spec = ControlNet | IpAdapter

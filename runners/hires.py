@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from core import hires
-from core.generation import Hires, Plan
+from core.plans import Hires, Plan
 from runners import tiling
 from runners.residency import Resident
 

@@ -17,9 +17,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from core.generation import Pixels, Plan
 from core.images import to_pil
 from core.inpainting import Box, Fill, mask_of
+from core.plans import Pixels, Plan
 
 Array = np.ndarray[Any, Any]
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
-from core.settings import IpAdapter
+from core.model_settings import IpAdapter
 from runners import weights
 
 

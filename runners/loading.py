@@ -33,9 +33,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers.utils import logging as transformers_logging
 
-from core.catalogue import Entry
+from core.families import Entry
+from core.model_settings import Family
 from core.problems import Problem, unavailable
-from core.settings import ROOT, Family
+from core.settings import ROOT
 from runners import optimising, upscalers
 from runners.unidiffuser import Pipeline
 

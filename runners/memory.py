@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from core import problems
-from core.catalogue import Entry
-from core.generation import Plan
+from core.families import Entry
+from core.model_settings import Family
+from core.plans import Plan
 from core.problems import Problem
-from core.settings import Family
 from runners import weights
 from runners.optimising import QUANTISED, TILE
 

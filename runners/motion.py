@@ -14,8 +14,8 @@ from typing import Any
 from accelerate import init_empty_weights
 from diffusers import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter, UNetMotionModel
 
+from core.model_settings import MotionAdapter as Adapter
 from core.problems import unavailable
-from core.settings import MotionAdapter as Adapter
 from runners import weights
 
 # What stays the model's: around the blocks, and in each of them.

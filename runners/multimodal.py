@@ -15,8 +15,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from core.generation import Embedding, Generation, Pixels, Plan, Ran, Task, Timing, Vector
+from core.generation import Embedding, Generation, Ran, Timing, Vector
 from core.images import to_pil
+from core.plans import Pixels, Plan, Task
 from core.problems import unavailable
 from runners import denoise, prompts
 from runners.residency import Resident

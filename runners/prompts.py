@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from core import embeddings
-from core.generation import AppliedEmbedding, Plan
-from core.settings import Family
+from core.generation import AppliedEmbedding
+from core.model_settings import Family
+from core.plans import Plan
 from runners.textual_inversion import Embedding, read, taught
 
 _TOKEN = re.compile(r"\\\\|\\[()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|:|\\")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from core import problems
-from core.generation import Progress, QueueStatus
+from core.status import Progress, QueueStatus
 
 log = logging.getLogger("easel.queue")
 R = TypeVar("R")

@@ -22,9 +22,11 @@ import psutil
 import torch
 from diffusers import DiffusionPipeline
 
-from core.catalogue import Entry
-from core.generation import AppliedLora, Plan, PlannedLora, ResidentModel
-from core.settings import Models, MotionAdapter
+from core.families import Entry
+from core.generation import AppliedLora
+from core.model_settings import Models, MotionAdapter
+from core.plans import Plan, PlannedLora
+from core.status import ResidentModel
 from runners import control, loading, memory, motion, optimising, weights
 from runners.adapters import Adapters
 from runners.guides import Guided, Guides, Spec

@@ -21,8 +21,9 @@ from prometheus_client import Counter
 from pydantic import BaseModel
 
 from core import problems, settings
-from core.generation import Generation, Pixels, Plan
+from core.generation import Generation
 from core.images import to_pil
+from core.plans import Pixels, Plan
 from core.problems import Problem, problem
 
 log = logging.getLogger("easel.safety")

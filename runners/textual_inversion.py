@@ -23,8 +23,9 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
-from core.generation import AppliedEmbedding, PlannedEmbedding
+from core.generation import AppliedEmbedding
 from core.loras.contents import MAX_VECTORS
+from core.plans import PlannedEmbedding
 from core.problems import problem, unavailable
 
 _BYTES = 16 * 1024 * 1024  # far beyond MAX_VECTORS of the widest encoder

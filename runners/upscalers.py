@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from core.catalogue import Entry
+from core.families import Entry
 from core.problems import Problem, unavailable
 from runners import compact
 

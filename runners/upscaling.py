@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from core.generation import Generation, Pixels, Plan, Ran, Timing
+from core.generation import Generation, Ran, Timing
 from core.images import to_pil
+from core.plans import Pixels, Plan
 from core.tiling import count
 from runners import denoise, prompts, tiling
 from runners.residency import Resident

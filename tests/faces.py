@@ -6,7 +6,7 @@ import io
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from core.generation import Pixels
+from core.plans import Pixels
 
 
 def face(side: int = 256) -> Image.Image:

@@ -19,9 +19,11 @@ from api import reading
 from core import animation
 from core.animation import AnimationRequest
 from core.catalogue import Catalogue
-from core.generation import Generation, Pixels, Plan
+from core.generation import Generation
+from core.model_settings import Animation, Model, Models
+from core.plans import Pixels, Plan
 from core.problems import Problem
-from core.settings import Animation, Loras, Model, Models, Settings
+from core.settings import Loras, Settings
 from runners.device import Device
 from tests import lora_files
 from tests.conftest import USER, Server

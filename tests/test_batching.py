@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from core.catalogue import Catalogue
-from core.generation import Generation, GenerationRequest, Inputs, Pixels, Plan
+from core.generation import Generation
+from core.model_settings import Model, Models
+from core.plans import Inputs, Pixels, Plan
 from core.problems import Problem
-from core.settings import Model, Models, Settings
+from core.requests import GenerationRequest
+from core.settings import Settings
 from runners import denoise
 from runners.device import Device
 from tests.conftest import held

@@ -17,9 +17,12 @@ from pydantic import ValidationError
 
 from core import preprocessing
 from core.catalogue import Catalogue
-from core.generation import Generation, GenerationRequest, Inputs, Pixels, Plan, PlannedLora
+from core.generation import Generation
+from core.model_settings import ControlNet, IpAdapter, Model, Models, UniDiffuser
+from core.plans import Inputs, Pixels, Plan, PlannedLora
 from core.problems import Problem
-from core.settings import ControlNet, IpAdapter, Model, Models, Settings, UniDiffuser
+from core.requests import GenerationRequest
+from core.settings import Settings
 from runners.device import Device
 from tests import lora_files
 from tests import miniatures as made

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from core.settings import ROOT, Model, Settings
+from core.model_settings import Model
+from core.settings import ROOT, Settings
 
 SETTINGS = [f"{section}.{name}" for section, field in Settings.model_fields.items() if issubclass(field.annotation, BaseModel) for name in field.annotation.model_fields]
 

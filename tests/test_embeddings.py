@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from api import answering, reading
 from core import embeddings, metadata
 from core.catalogue import Catalogue
-from core.generation import Generation, Plan
+from core.generation import Generation
+from core.model_settings import Model, Models
+from core.plans import Plan
 from core.problems import Problem
-from core.settings import ROOT, Loras, Model, Models, Settings
+from core.settings import ROOT, Loras, Settings
 from runners import prompts
 from runners.device import Device
 from tests.conftest import held

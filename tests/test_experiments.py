@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from core import multimodal, significance
 from core.catalogue import Catalogue
 from core.experiments import Definition, Metric, subject_key
-from core.generation import GenerationRequest
+from core.model_settings import Models, UniDiffuser
 from core.multimodal import PromptToImageRequest
 from core.problems import Problem
-from core.settings import Experiments, Models, Settings, UniDiffuser
+from core.requests import GenerationRequest
+from core.settings import Experiments, Settings
 from core.trials import Counts, Trials
 from tests.conftest import ADMIN, serving
 from tests.test_http import picture, problem

@@ -14,10 +14,13 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from api import reading
 from core import schedulers
-from core.catalogue import FAMILIES, Catalogue, Entry
-from core.generation import Generation, Inputs, Pixels
+from core.catalogue import Catalogue
+from core.families import FAMILIES, Entry
+from core.generation import Generation
+from core.model_settings import Model, Models
+from core.plans import Inputs, Pixels
 from core.problems import Problem
-from core.settings import Model, Models, Settings
+from core.settings import Settings
 from runners import denoise, loading, prompts
 from runners.device import Device
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from core import images
-from core.generation import Pixels
+from core.plans import Pixels
 from core.problems import Problem
 from core.settings import Limits
 

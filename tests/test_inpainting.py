@@ -17,9 +17,11 @@ from PIL import Image
 
 from api import reading
 from core.catalogue import Catalogue
-from core.generation import Generation, Inputs, Pixels
+from core.generation import Generation
+from core.model_settings import Model, Models
+from core.plans import Inputs, Pixels
 from core.problems import Problem
-from core.settings import Model, Models, Settings
+from core.settings import Settings
 from runners import inpainting
 from runners.device import Device
 from tests import miniatures as make

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from core.generation import PlannedLora
+from core.plans import PlannedLora
 from core.problems import Problem
 from runners.adapters import Adapters
 from tests import lora_files, miniatures

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from api import answering, reading
 from core import adapters, metadata
 from core.catalogue import Catalogue
-from core.generation import AppliedLora, GenerationRequest, Plan, Ran, Timing
+from core.generation import AppliedLora, Ran, Timing
+from core.model_settings import Model, Models
+from core.plans import Plan
 from core.problems import Problem
-from core.settings import Limits, Loras, Model, Models, Settings
+from core.requests import GenerationRequest
+from core.settings import Limits, Loras, Settings
 
 SOLD = {"usage_rights": "AllowCommercialUse", "allow_no_mention": True}
 ENTRIES = {

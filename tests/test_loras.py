@@ -18,7 +18,8 @@ from diffusers import DiffusionPipeline
 
 from api import reading
 from core.catalogue import Catalogue
-from core.settings import ROOT, Loras, Model, Models, Settings
+from core.model_settings import Model, Models
+from core.settings import ROOT, Loras, Settings
 from runners.device import Device
 from tests import lora_files
 from tests.conftest import ADMIN, SEED_MODELS, USER, Server, serving

@@ -10,9 +10,11 @@ import pytest
 from api import reading
 from core import schedulers
 from core.catalogue import Catalogue
-from core.generation import Generation, Inputs, Pixels
+from core.generation import Generation
 from core.images import encode
-from core.settings import Model, Models, Settings
+from core.model_settings import Model, Models
+from core.plans import Inputs, Pixels
+from core.settings import Settings
 from runners.device import Device
 
 SETTINGS = Settings(models=Models(default="starter/stable-diffusion", catalogue=[Model(id="starter/stable-diffusion", family="starter")]))

@@ -12,11 +12,14 @@ import torch
 
 from api import answering, reading
 from bench import memory as bench
-from core.catalogue import FAMILIES, Catalogue
-from core.generation import Generation, Inputs, Plan
+from core.catalogue import Catalogue
+from core.families import FAMILIES
+from core.generation import Generation
+from core.model_settings import Model, Models, UniDiffuser
 from core.optimising import Optimise
+from core.plans import Inputs, Plan
 from core.problems import Problem
-from core.settings import Model, Models, Settings, UniDiffuser
+from core.settings import Settings
 from runners import memory
 from runners.device import Device
 from runners.memory import Request, Way

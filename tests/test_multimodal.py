@@ -16,8 +16,9 @@ from diffusers import UniDiffuserPipeline
 
 from core import multimodal, schedulers
 from core.catalogue import Catalogue
-from core.generation import Generation, Pixels, Vector
+from core.generation import Generation, Vector
 from core.images import to_pil
+from core.model_settings import Model, Models, UniDiffuser
 from core.multimodal import (
     CaptionRequest,
     EmbedRequest,
@@ -27,8 +28,9 @@ from core.multimodal import (
     TextsRequest,
     TextVariationRequest,
 )
+from core.plans import Pixels
 from core.problems import Problem
-from core.settings import ROOT, Model, Models, Settings, UniDiffuser
+from core.settings import ROOT, Settings
 from runners.device import Device
 from tests.conftest import held
 

@@ -13,8 +13,8 @@ import requests
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from core.catalogue import FAMILIES, Entry
-from core.settings import Model
+from core.families import FAMILIES, Entry
+from core.model_settings import Model
 from runners import loading
 from tests.conftest import Server, serving, wait_for
 from tests.original_layout import original_layout

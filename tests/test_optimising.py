@@ -18,11 +18,13 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import SlicedAttnProcessor
 
 from api import reading
-from core.catalogue import FAMILIES, Catalogue
-from core.generation import Inputs, Pixels, Plan, PlannedLora
+from core.catalogue import Catalogue
+from core.families import FAMILIES
+from core.model_settings import Model, Models, UniDiffuser
 from core.optimising import AttentionBackend, Optimise
+from core.plans import Inputs, Pixels, Plan, PlannedLora
 from core.problems import Problem
-from core.settings import ROOT, Model, Models, Settings, UniDiffuser
+from core.settings import ROOT, Settings
 from runners.device import Device
 from runners.residency import Resident
 from tests import lora_files

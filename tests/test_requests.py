@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from api import reading
 from core import schedulers
 from core.catalogue import Catalogue
-from core.generation import GenerationRequest, Inputs, Pixels, Plan
+from core.model_settings import Model, Models
+from core.plans import Inputs, Pixels, Plan
 from core.problems import Problem
-from core.settings import Model, Models, Settings
+from core.requests import GenerationRequest
+from core.settings import Settings
 
 FAMILIES = ("starter", "sd15", "sd2", "sdxl", "flux")
 SETTINGS = Settings(models=Models(default="starter", catalogue=[Model(id=f, family=f) for f in FAMILIES]))

@@ -9,9 +9,11 @@ import psutil
 import pytest
 import torch
 
-from core.catalogue import Catalogue, Entry
+from core.catalogue import Catalogue
+from core.families import Entry
+from core.model_settings import Model, Models
 from core.problems import Problem
-from core.settings import Model, Models, Settings
+from core.settings import Settings
 from runners import loading
 from runners.residency import Residency
 

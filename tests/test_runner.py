@@ -11,9 +11,11 @@ import pytest
 from api import backend, reading
 from core.catalogue import Catalogue
 from core.draining import Draining
-from core.generation import Generation, Plan
+from core.generation import Generation
+from core.model_settings import Model, Models
+from core.plans import Plan
 from core.problems import Problem
-from core.settings import Model, Models, Settings
+from core.settings import Settings
 from runners.diffusion import DiffusionRunner
 
 SETTINGS = Settings(models=Models(default="m", catalogue=[Model(id="m", family="sd15", source="/nowhere")], cpu_threads=1))

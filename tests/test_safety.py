@@ -19,10 +19,13 @@ from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from core.blocklist import Blocklist
 from core.catalogue import Catalogue
-from core.generation import Generation, GenerationRequest, Inputs, Pixels, Plan
+from core.generation import Generation
 from core.images import to_pil
+from core.model_settings import Model, Models, UniDiffuser
+from core.plans import Inputs, Pixels, Plan
 from core.problems import Problem
-from core.settings import Model, Models, Safety, Settings, UniDiffuser
+from core.requests import GenerationRequest
+from core.settings import Safety, Settings
 from runners.device import Device
 from tests.conftest import ADMIN, held, serving, unidiffuser
 from tests.faces import face, pixels, png

@@ -9,8 +9,9 @@ import pytest
 
 from core import multimodal
 from core.catalogue import Catalogue
-from core.generation import Generation, Pixels
+from core.generation import Generation
 from core.multimodal import CaptionRequest, EmbedRequest, PromptToImageRequest, TextVariationRequest
+from core.plans import Pixels
 from core.settings import Settings
 from runners.device import Device
 from tests import test_meaning

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from api import reading
 from core import hires, metadata, upscaling
 from core.catalogue import Catalogue
-from core.generation import Generation, Hires, Inputs, Pixels, Plan
+from core.generation import Generation
 from core.images import to_pil
+from core.model_settings import Model, Models
+from core.plans import Hires, Inputs, Pixels, Plan
 from core.problems import Problem
-from core.settings import ROOT, Model, Models, Settings
+from core.settings import ROOT, Settings
 from core.tiling import spans
 from core.upscaling import UpscaleRequest
 from runners import compact, tiling, upscalers

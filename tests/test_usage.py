@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from core.catalogue import Catalogue
-from core.generation import AppliedLora, Generation, GenerationRequest, Pixels, Plan, Ran, Timing
-from core.settings import Model, Models, Settings
+from core.generation import AppliedLora, Generation, Ran, Timing
+from core.model_settings import Model, Models
+from core.plans import Pixels, Plan
+from core.requests import GenerationRequest
+from core.settings import Settings
 from core.usage import Ledger, Line
 
 CATALOGUE = Catalogue(Settings(models=Models(default="m", catalogue=[Model(id="m", family="starter", commercial_use=True)])))

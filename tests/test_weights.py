@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from core.catalogue import Catalogue
+from core.model_settings import Family, Model, Models, UniDiffuser
 from core.problems import Problem
-from core.settings import Family, Model, Models, Settings, UniDiffuser
+from core.settings import Settings
 from runners import loading, memory, weights
 from runners.residency import Residency
 

@@ -18,9 +18,11 @@ from PIL import Image
 from api import reading
 from core import metadata
 from core.catalogue import Catalogue
-from core.generation import Generation, Plan
+from core.generation import Generation
+from core.model_settings import Model, Models
+from core.plans import Plan
 from core.problems import Problem
-from core.settings import Loras, Model, Models, Prompts, Settings
+from core.settings import Loras, Prompts, Settings
 from core.styles import Styles
 from core.wildcards import MARKS, Refused, Wildcards
 from runners.device import Device

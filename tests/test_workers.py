@@ -12,9 +12,10 @@ import pytest
 import requests
 
 from api import backend, routing
-from core.generation import Generation, QueueStatus, ResidentModel, RunnerStatus
+from core.generation import Generation
+from core.model_settings import Model, Models, Runner
 from core.placement import Place, gpus_seen, places, share
-from core.settings import Model, Models, Runner
+from core.status import QueueStatus, ResidentModel, RunnerStatus
 from tests.conftest import Server, serving, wait_for
 from tests.test_runner import plan
 

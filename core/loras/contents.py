@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from core.loras.registry import Kind
 from core.loras.rights import Base
+from core.model_settings import Family
 from core.problems import invalid_field, problem
-from core.settings import Family
 
 MAX_VECTORS = 75  # of one embedding: as many tokens as the text encoder reads at once
 # The names of an embedding's vectors by text encoder; diffusers names a single tensor by its token.

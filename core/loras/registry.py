@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from core.loras import rights
 from core.loras.listfile import Broken, members, write
+from core.model_settings import Family
 from core.problems import Problem, invalid_field, nearest, problem, unavailable
-from core.settings import Family
 
 log = logging.getLogger("easel.loras")
 LOCK_TIMEOUT_S = 20

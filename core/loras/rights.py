@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from core.model_settings import Family
 from core.problems import invalid_field
-from core.settings import Family, Settings
+from core.settings import Settings
 
 ALLOWED, NOT_ALLOWED = "AllowCommercialUse", "NoCommercialUse"
 

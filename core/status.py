@@ -1,0 +1,78 @@
+"""How a runner is: what GET /buffer_status and readiness tell of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from core.problems import ProblemDetails
+
+
+class ResidentLora(BaseModel):
+    """A LoRA kept in memory beside its model."""
+
+    name: str
+    resident_bytes: int
+
+
+class ResidentGuide(BaseModel):
+    """A ControlNet or an IP-Adapter kept in memory beside its model."""
+
+    id: str
+    resident_bytes: int
+
+
+class ResidentModel(BaseModel):
+    """A model as /buffer_status shows it."""
+
+    model_id: str
+    family: str
+    state: Literal["cold", "downloading", "loading", "warm", "failed"]
+    device: str | None = None
+    torch_dtype: str | None = None
+    resident_bytes: int = 0
+    host_bytes: int = 0  # in CPU memory, of an offloaded model
+    loras: list[ResidentLora] = []
+    guides: list[ResidentGuide] = []
+    last_used_s_ago: float | None = None
+    unload_in_s: float | None = None
+    error: str | None = None
+
+
+class Progress(BaseModel):
+    """What the device is drawing: denoising steps done, of those expected for all batches of the
+    requests that it took together; null where their number is not known before (diffusion upscalers' tiles)."""
+
+    model_id: str
+    steps_done: int
+    steps: int | None
+
+
+class QueueStatus(BaseModel):
+    running: int
+    progress: Progress | None = None
+    waiting: int
+    limit: int
+    mean_service_s: float | None
+
+
+class RunnerStatus(BaseModel):
+    """A runner's answer to "how are you": its models, queue and device."""
+
+    service: str
+    ready: bool
+    draining: bool
+    device: str
+    memory_budget_bytes: int
+    resident_bytes: int
+    models: list[ResidentModel]
+    queue: QueueStatus
+
+
+class RunnerDown(BaseModel):
+    """In the place of a status: why a runner does not answer."""
+
+    service: str
+    ready: bool = False
+    problem: ProblemDetails
