@@ -10,6 +10,8 @@ Everything goes through the plain UniDiffuserPipeline and the folder's own CLIP 
   by another vendor, never trained on, a name finds its picture and a picture finds its twin.
 - One emoji, two pictures: a moved, turned and recoloured copy is nearer to its original than any
   other emoji's picture is.
+- Modes: a joint pair agrees when the text has the noun of the training picture nearest to its picture; a
+  variation keeps to the subject when the nearest picture, or the noun, is still the same.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import data
@@ -68,6 +71,12 @@ class Model:
             image=Image.fromarray(picture), generator=generator, num_inference_steps=self.caption_steps, guidance_scale=self.caption_guidance
         ).text[0]
 
+    def sample(self, seed: int) -> tuple[np.ndarray | None, str]:
+        """A picture and its text in the joint mode, a text alone in the text mode."""
+        generator = torch.Generator().manual_seed(seed)
+        made = self.pipe(generator=generator, num_inference_steps=self.steps, guidance_scale=self.guidance, output_type="np")
+        return None if made.images is None else (made.images[0] * 255).round().astype(np.uint8), made.text[0]
+
     @torch.no_grad()
     def text_embeddings(self, texts: list[str]) -> Tensor:
         """(N, D), of unit length."""
@@ -80,6 +89,10 @@ class Model:
         """uint8 (N, H, W, 3) to (N, D), of unit length."""
         pixels = self.pipe.clip_image_processor(list(pictures), return_tensors="pt").pixel_values
         return F.normalize(torch.cat([self.pipe.image_encoder(part).image_embeds for part in pixels.split(128)]), dim=-1)
+
+
+def share(true: Iterable[bool]) -> float:
+    return round(float(np.mean(list(true))), 4)
 
 
 def found(queries: Tensor, gallery: Tensor, count: int = 1) -> float:
@@ -97,8 +110,8 @@ def captions(model: Model, emoji: list[data.Emoji], count: int) -> dict[str, obj
         "pictures": count,
         "steps": model.caption_steps,
         "guidance_scale": model.caption_guidance,
-        "contains_noun": round(float(np.mean([words(e.name)[-1] in words(s) for e, s in zip(chosen, said, strict=True)])), 4),
-        "is_name": round(float(np.mean([e.name.lower() == s.strip().lower() for e, s in zip(chosen, said, strict=True)])), 4),
+        "contains_noun": share(words(e.name)[-1] in words(s) for e, s in zip(chosen, said, strict=True)),
+        "is_name": share(e.name.lower() == s.strip().lower() for e, s in zip(chosen, said, strict=True)),
         "seconds_each": round(seconds / count, 2),
         "wrong": {e.name: s for e, s in zip(chosen, said, strict=True) if words(e.name)[-1] not in words(s)},
     }
@@ -115,9 +128,33 @@ def drawings(model: Model, emoji: list[data.Emoji], count: int, seeds: int) -> d
         "seeds": seeds,
         "steps": model.steps,
         "guidance_scale": model.guidance,
-        "nearest_is_named": round(float(np.mean([t == r[0] for t, r in zip(truth, ranks, strict=True)])), 4),
-        "named_in_nearest_5": round(float(np.mean([t in r for t, r in zip(truth, ranks, strict=True)])), 4),
-        "red_hearts_that_are_red": round(float(np.mean([dominant_colour(p) == "red" for p in hearts])), 4),
+        "nearest_is_named": share(t == r[0] for t, r in zip(truth, ranks, strict=True)),
+        "named_in_nearest_5": share(t in r for t, r in zip(truth, ranks, strict=True)),
+        "red_hearts_that_are_red": share(dominant_colour(p) == "red" for p in hearts),
+    }
+
+
+def modes(model: Model, emoji: list[data.Emoji], count: int) -> dict[str, object]:
+    """The modes without an input, and the variations: `count` results of each."""
+    known = features(np.stack([e.rgb() for e in emoji]))
+    names = {e.name.lower() for e in emoji}
+    joint, texts = [], []
+    for seed in range(count):
+        model.pipe.set_joint_mode()
+        joint.append(model.sample(seed))
+        model.pipe.set_text_mode()
+        texts.append(model.sample(seed)[1])
+    shown = [emoji[nearest(picture, known, 1)[0]].name for picture, _ in joint]
+    chosen = [emoji[i * len(emoji) // count] for i in range(count)]
+    redrawn = model.draw([model.caption(e.rgb()) for e in chosen], list(range(count)))
+    retold = [model.caption(p) for p in model.draw([e.name for e in chosen], list(range(count)))]
+    return {
+        "each": count,
+        "joint_text_has_the_noun_of_its_picture": share(words(name)[-1] in words(text) for name, (_, text) in zip(shown, joint, strict=True)),
+        "joint_different_pictures": len(set(shown)),
+        "text_is_a_name": share(text.strip().lower() in names for text in texts),
+        "image_variation_is_of_the_same": share(emoji[nearest(p, known, 1)[0]].name == e.name for e, p in zip(chosen, redrawn, strict=True)),
+        "text_variation_has_the_noun": share(words(e.name)[-1] in words(text) for e, text in zip(chosen, retold, strict=True)),
     }
 
 
@@ -171,6 +208,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--caption-steps", type=int, default=10)
     parser.add_argument("--caption-guidance", type=float, default=2.0)
+    parser.add_argument("--modes", type=int, default=50)
     parser.add_argument("--json", type=Path, default=HERE / "evaluation-unidiffuser.json")
     parser.add_argument("--grid", type=Path, default=HERE / "samples-unidiffuser.png")
     args = parser.parse_args()
@@ -182,6 +220,7 @@ def main() -> None:
         "retrieval": retrieval(model, emoji),
         "captions": captions(model, emoji, args.captions) | {"red_apple": model.caption(apple.rgb())},
         "drawings": drawings(model, emoji, args.prompts, args.seeds),
+        "modes": modes(model, emoji, args.modes),
     }
     print(json.dumps(report, indent=2, ensure_ascii=False))
     args.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
