@@ -14,7 +14,6 @@ from pydantic import BeforeValidator, Field
 
 from core.catalogue import Catalogue
 from core.images import exif_user_comment, to_pil
-from core.model_settings import MotionAdapter
 from core.plans import Animation, Pixels, Plan
 from core.problems import FieldError, invalid, nearest
 from core.requests import GenerationRequest
@@ -65,19 +64,8 @@ def plan(catalogue: Catalogue, request: AnimationRequest, client: str) -> Plan:
     if errors:
         raise invalid(errors)
     assert adapter is not None
-    return made.model_copy(update={"animation": _animation(adapter, request)})
-
-
-def _animation(adapter: MotionAdapter, request: AnimationRequest) -> Animation:
-    return Animation(
-        motion_adapter=adapter.id,
-        num_frames=request.num_frames,
-        fps=request.fps,
-        beta_schedule=adapter.beta_schedule,
-        licence=adapter.licence,
-        commercial_use=adapter.commercial_use,
-        credit=adapter.credit,
-    )
+    own = adapter.model_dump(include=set(Animation.model_fields))
+    return made.model_copy(update={"animation": Animation(motion_adapter=adapter.id, num_frames=request.num_frames, fps=request.fps, **own)})
 
 
 def encode(frames: list[Pixels], fps: float, format: AnimationFormat, quality: int, parameters: str | None) -> bytes:

@@ -66,6 +66,10 @@ class Adapters:
     def bytes(self) -> int:
         return sum(adapter.bytes for adapter in list(self._loaded.values()))
 
+    @property
+    def files(self) -> set[str]:
+        return {path for path, _, _ in self._loaded}
+
     def snapshot(self) -> list[ResidentLora]:
         return [ResidentLora(name=a.name, resident_bytes=a.bytes) for a in list(self._loaded.values())]
 

@@ -24,7 +24,7 @@ from core.model_settings import ControlNet, IpAdapter, Model, MotionAdapter
 from core.plans import Plan
 from core.settings import Settings, beside_configuration, secrets
 from core.status import Progress
-from runners import animation, denoise, guides, loading, memory, multimodal, optimising, upscaling, weights
+from runners import animation, denoise, guides, loading, memory, motion, multimodal, optimising, upscaling, weights
 from runners.memory import Way
 from runners.queue import DeviceQueue, Job, Share, check_all
 from runners.residency import Residency, Resident, release_memory
@@ -90,7 +90,7 @@ class Device:
             Problem: 429 where the queue is full; 507 where it could not fit the memory even alone.
         """
         paths = {plan.model_id: path, **(others or {})}
-        memory.choose(self._request([plan], path), self.residency.budget, self._may_offload)
+        memory.choose(self._request([plan], paths), self.residency.budget, self._may_offload)
         share: Share[Plan, Generation] = Share(
             plan.batch_key, plan, plan.rows, self.catalogue.models.max_batch, lambda jobs, plans: self._checked(jobs, plans, paths)
         )
@@ -115,10 +115,12 @@ class Device:
         plan = plans[0]
         entry = self.catalogue.find(plan.model_id)
         dtype, notes = self._dtype(entry, plan)
-        request = self._request(plans, paths[entry.id])
+        request = self._request(plans, paths)
         way = memory.choose(request, self.residency.budget, self._may_offload)
         started = time.perf_counter()
+        there = self.residency.present(entry, dtype)
         room = memory.needed(request, way) - memory.weights_at_rest(entry, paths[entry.id], dtype)
+        room -= sum(size for name, size in self._beside(plan, paths, dtype).items() if name in there)
         resident = self.residency.acquire(entry, paths[entry.id], dtype, room)
 
         done = itertools.count(1)
@@ -174,12 +176,23 @@ class Device:
     def _may_offload(self) -> bool:
         return self.torch_device.type == "cuda"
 
-    def _request(self, plans: list[Plan], path: Path) -> memory.Request:
+    def _request(self, plans: list[Plan], paths: dict[str, Path]) -> memory.Request:
         """What plans that share batches need memory for."""
         entry = self.catalogue.find(plans[0].model_id)
+        dtype, _ = self._dtype(entry, plans[0])
         frames = plans[0].animation.num_frames if plans[0].animation else 0
         rows = frames or sum(p.rows for p in plans)
-        return memory.Request.of(plans[0], entry, path, self._dtype(entry, plans[0])[0], min(rows, self.catalogue.models.max_batch))
+        beside = sum(self._beside(plans[0], paths, dtype).values())
+        return memory.Request.of(plans[0], entry, paths[entry.id], dtype, min(rows, self.catalogue.models.max_batch), beside)
+
+    def _beside(self, plan: Plan, paths: dict[str, Path], dtype: torch.dtype) -> dict[str, int]:
+        """Bytes of what a plan puts beside its model: of LoRAs by their files, of all else by id."""
+        files = {lora.path: [Path(lora.path)] for lora in plan.loras}
+        files |= {spec.id: guides.files(path, spec) for spec, path in (self._guides[wanted.id] for wanted in self.catalogue.guides(plan))}
+        if plan.animation:
+            files[plan.animation.motion_adapter] = [motion.file(paths[plan.animation.motion_adapter], self._adapter(plan))]
+        files |= {id: weights.files(paths[id], None) for id in plan.models[1:]}
+        return {name: weights.total(some) * dtype.itemsize for name, some in files.items()}
 
     def _upscaler(self, plan: Plan, paths: dict[str, Path], beside: Resident) -> Resident | None:
         """The network that enlarges pictures for a plan's second pass, in memory beside its model."""

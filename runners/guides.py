@@ -97,6 +97,10 @@ class Guides:
     def bytes(self) -> int:
         return sum(kept.bytes for kept in list(self._kept.values()))
 
+    @property
+    def ids(self) -> set[str]:
+        return set(self._kept)
+
     def snapshot(self) -> list[ResidentGuide]:
         return [ResidentGuide(id=id, resident_bytes=kept.bytes) for id, kept in list(self._kept.items())]
 
@@ -142,10 +146,7 @@ class Guides:
         if kept := self._kept.get(spec.id):
             kept.used = time.monotonic()
             return
-        try:
-            needs = sum(sum(weights.numbers(f, None)[""]) for f in _files(path, spec)) * self.dtype.itemsize
-        except OSError as error:
-            raise _explained(spec, error) from error
+        needs = weights.total(files(path, spec)) * self.dtype.itemsize
         while (missing := make_room(needs)) > 0:
             spare = min((id for id in self._kept if id not in wanted), key=lambda id: self._kept[id].used, default=None)
             if spare is None:
@@ -165,7 +166,7 @@ class Guides:
             adapter = ip_adapters.load(self.pipe.unet, path, spec, self.dtype, device)
             return Kept(adapter, sum(_bytes(m) for m in adapter.modules), adapter.sha256, now)
         net = control.load(path, spec, self.dtype, device)
-        return Kept(net, _bytes(net), _sha256(_files(path, spec)), now)
+        return Kept(net, _bytes(net), _sha256(files(path, spec)), now)
 
     def _drop(self, id: str) -> None:
         self._switch(None)
@@ -181,7 +182,7 @@ def fetch(spec: Spec, token: str | None) -> Path:
     """
     path = _local(spec, token)
     try:
-        _sha256(_files(path, spec))
+        _sha256(files(path, spec))
     except OSError as error:
         raise _explained(spec, error) from error
     return path
@@ -214,7 +215,8 @@ def _as_entry(spec: Spec) -> Entry:
     return Entry(Model(id=spec.id, family=spec.family, source=spec.source, revision=spec.revision), FAMILIES[spec.family])
 
 
-def _files(path: Path, spec: Spec) -> list[Path]:
+def files(path: Path, spec: Spec) -> list[Path]:
+    """The weight files of a ControlNet or IP-Adapter whose folder is `path`."""
     return ip_adapters.files(path, spec) if isinstance(spec, IpAdapter) else control.files(path, spec)
 
 

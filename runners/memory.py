@@ -1,7 +1,7 @@
 """What a request needs in memory, estimated before it is queued, and in which way of running it would fit.
 
-The estimate is the weights on the device while they are used, by the files' headers, plus the largest
-sum of tensors in one forward pass, by coefficients that bench/memory.py counts on the real
+The estimate is the weights on the device while they are used, by the files' headers, those of what a request
+puts beside its model too, plus the largest sum of tensors in one forward pass, by coefficients that bench/memory.py counts on the real
 architectures. Kernels' workspace and fragmentation come on top, so it is a lower bound: what it
 refuses cannot fit, and what it admits may still meet an out-of-memory error, which runners.device handles.
 """
@@ -77,16 +77,17 @@ class Request:
     guided: bool
     has_image: bool
     frames: int = 1  # drawn together, however few are decoded at once
+    beside: int = 0  # bytes of what the request puts beside the model: LoRAs, ControlNets, adapters, an upscaler
 
     @classmethod
-    def of(cls, plan: Plan, entry: Entry, path: Path, dtype: torch.dtype, rows: int) -> Request:
+    def of(cls, plan: Plan, entry: Entry, path: Path, dtype: torch.dtype, rows: int, beside: int = 0) -> Request:
         guided = plan.guidance_scale > 1 and entry.model.family != "flux"  # Flux is told its guidance, and runs once
         width, height = plan.width, plan.height
         if plan.hires:
             width, height = plan.hires.width, plan.hires.height
         if plan.upscale:
             width, height = (min(side, plan.upscale.tile) * plan.upscale.scale for side in plan.upscale.first)
-        return cls(entry, path, dtype, width, height, rows, guided, bool(plan.image or plan.images or plan.hires), plan.animation.num_frames if plan.animation else 1)
+        return cls(entry, path, dtype, width, height, rows, guided, bool(plan.image or plan.images or plan.hires), plan.animation.num_frames if plan.animation else 1, beside)
 
 
 def ways(request: Request, may_offload: bool) -> list[Way]:
@@ -117,13 +118,13 @@ def activations(request: Request, way: Way) -> int:
 
 
 def weights_in_use(request: Request, way: Way) -> int:
-    """Bytes of weights on the device at once while the model runs."""
+    """Bytes of weights on the device at once while the model runs, with what is beside it."""
     optimise = request.entry.model.optimise
     sizes = _component_bytes(request.entry, request.path, request.dtype)
     if optimise.by_layer:  # the one in use and the one on its way
-        return max((min(2 * largest, total) for total, largest in sizes), default=0)
+        return request.beside + max((min(2 * largest, total) for total, largest in sizes), default=0)
     each = [total for total, _ in sizes]
-    return max(each, default=0) if way.offload or optimise.offload == "model" else sum(each)
+    return request.beside + (max(each, default=0) if way.offload or optimise.offload == "model" else sum(each))
 
 
 def weights_at_rest(entry: Entry, path: Path, dtype: torch.dtype) -> int:
@@ -157,7 +158,7 @@ def choose(request: Request, budget: int, may_offload: bool) -> Way:
             return way
     last = all_ways[-1]
     if weights_in_use(request, last) > budget:
-        raise model_too_large(request.entry, weights_in_use(request, last), budget)
+        raise model_too_large(request.entry, weights_in_use(request, last), budget, request.beside)
     detail = f"{request.width}x{request.height} with {request.entry.id} needs about {_mib(needed(request, last))}, one at a time and in tiles; {_mib(budget)} are allowed."
     raise _refusal(f"{detail} {_advice(request, last, budget)}")
 
@@ -171,8 +172,10 @@ def exhausted(request: Request, device: torch.device, budget: int, may_offload: 
     return _refusal(f"{said} {_advice(half, last, budget)}")
 
 
-def model_too_large(entry: Entry, needs: int, budget: int) -> Problem:
-    return problems.unavailable(f"{entry.id} needs about {_mib(needs)}; memory_budget_bytes allows {_mib(budget)}.", slug="model-memory")
+def model_too_large(entry: Entry, needs: int, budget: int, beside: int = 0) -> Problem:
+    """503 for weights that do not fit; `beside` are those among them that the request puts beside the model."""
+    told = f", {_mib(beside)} of it for the LoRAs, ControlNets, adapters or upscaler that the request names" if beside else ""
+    return problems.unavailable(f"{entry.id} needs about {_mib(needs)}{told}; memory_budget_bytes allows {_mib(budget)}.", slug="model-memory")
 
 
 def _advice(request: Request, way: Way, budget: int) -> str:

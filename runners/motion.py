@@ -59,8 +59,12 @@ def load(base: DiffusionPipeline, adapter: Adapter, path: Path) -> Motion:
     pipeline = AnimateDiffPipeline(unet=unet, motion_adapter=loaded, **parts)
     pipeline.set_progress_bar_config(disable=True)
     size = sum(t.numel() * t.element_size() for t in (*loaded.parameters(), *loaded.buffers()))
-    file = path / (f"diffusion_pytorch_model.{adapter.variant}.safetensors" if adapter.variant else "diffusion_pytorch_model.safetensors")
-    return Motion(adapter.id, pipeline, int(loaded.config.motion_max_seq_length), size, weights.sha256_of(file))
+    return Motion(adapter.id, pipeline, int(loaded.config.motion_max_seq_length), size, weights.sha256_of(file(path, adapter)))
+
+
+def file(path: Path, adapter: Adapter) -> Path:
+    """The weights of an adapter whose folder is `path`."""
+    return path / (f"diffusion_pytorch_model.{adapter.variant}.safetensors" if adapter.variant else "diffusion_pytorch_model.safetensors")
 
 
 def _share(unet: UNetMotionModel, own: Any, motion: MotionAdapter) -> None:

@@ -101,7 +101,7 @@ class _Sampling:
     def __init__(self, resident: Resident, plan: Plan, check: denoise.Check) -> None:
         self._resident, self._plan, self._check = resident, plan, check
         self.scheduler, self.schedule = "none", None
-        self.steps, self.calls, self.decode = 0, 0, 0.0
+        self.steps, self.calls, self.decode = denoise.Steps(check), 0, 0.0
 
     def sample(self, mode: str, rows: list[Row]) -> None:
         """One mode for a batch: reads the rows' pictures or prompts, writes what was drawn or said."""
@@ -116,14 +116,6 @@ class _Sampling:
             inputs = {"image": torch.stack([_tensor(row.picture) for row in rows if row.picture])}
         else:
             inputs = _noise(pipe, generators)  # the pipeline takes the number of rows from these
-        last_step = time.perf_counter()
-
-        def after_step(*_: Any) -> None:
-            nonlocal last_step
-            self.steps += 1
-            last_step = time.perf_counter()
-            self._check(stepped=True)
-
         made = pipe(
             **inputs,
             data_type=self._plan.data_type,
@@ -131,10 +123,10 @@ class _Sampling:
             guidance_scale=self._plan.guidance_scale,
             generator=generators,
             output_type="np",
-            callback=after_step,
+            callback=self.steps,
         )
         self.calls += 1
-        self.decode += 1000 * (time.perf_counter() - last_step)
+        self.decode += 1000 * (time.perf_counter() - self.steps.last)
         for i, row in enumerate(rows):
             if made.images is not None:
                 row.drawn = denoise.to_pixels(made.images[i])
@@ -193,7 +185,7 @@ def _generation(resident: Resident, plan: Plan, rows: list[Row], sampling: _Samp
         torch_dtype=str(resident.dtype).removeprefix("torch."),
         device=str(pipe.device),
         num_inference_steps=plan.num_inference_steps if sampling.calls else 0,
-        steps_run=sampling.steps // max(1, sampling.calls),
+        steps_run=sampling.steps.run // max(1, sampling.calls),
         guidance_scale=1 if plan.task in _UNGUIDED else plan.guidance_scale,
         width=pipe.size,
         height=pipe.size,

@@ -75,6 +75,11 @@ class Resident:
         return self._made[kind]
 
     @property
+    def beside(self) -> set[str]:
+        """What is in memory beside it: LoRAs by their files, ControlNets, IP-Adapters and the motion adapter by their ids."""
+        return self.adapters.files | self.guides.ids | ({self.motion.id} if self.motion else set())
+
+    @property
     def bytes(self) -> int:
         """On the device, of the model, the LoRAs beside it (those wait where the model waits) and what else is beside it."""
         return self.weights_bytes + (0 if self.host_bytes else self.adapters.bytes) + (self.motion.bytes if self.motion else 0) + self.guides.bytes
@@ -96,6 +101,11 @@ class Residency:
         self._residents: dict[tuple[str, torch.dtype], Resident] = {}
         self._states: dict[str, tuple[str, str | None]] = {}
         self._lock = threading.Lock()
+
+    def present(self, entry: Entry, dtype: torch.dtype) -> set[str]:
+        """What is in memory beside a model, and of other models: LoRAs by their files, all else by id."""
+        resident = self._residents.get((entry.id, dtype))
+        return {id for id, _ in self._residents} | (resident.beside if resident else set())
 
     def acquire(self, entry: Entry, path: Path, dtype: torch.dtype, room: int = 0, beside: Resident | None = None) -> Resident:
         """The model in memory, loaded now if it is not, with `room` bytes beside it for what it computes;

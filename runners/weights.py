@@ -11,6 +11,7 @@ import json
 import math
 import re
 import struct
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def numbers(path: Path, variant: str | None) -> dict[str, list[int]]:
         blob = file.resolve()
         found.setdefault(file.parent.name if path.is_dir() else "", []).extend(_numbers(blob, blob.stat().st_mtime_ns))
     return found
+
+
+def total(files: Iterable[Path]) -> int:
+    """How many numbers some files hold in all, by their headers; one that is not there holds none."""
+    blobs = [file.resolve() for file in files if file.is_file()]
+    return sum(sum(_numbers(blob, blob.stat().st_mtime_ns)) for blob in blobs)
 
 
 @lru_cache(maxsize=256)

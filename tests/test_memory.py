@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from api import answering, reading
 from bench import memory as bench
+from core import animation
+from core.animation import AnimationRequest
 from core.catalogue import Catalogue
 from core.families import FAMILIES
 from core.generation import Generation
-from core.model_settings import Model, Models, UniDiffuser
+from core.model_settings import Animation, ControlNet, IpAdapter, Model, Models, UniDiffuser
 from core.optimising import Optimise
-from core.plans import Inputs, Plan
+from core.plans import Inputs, Pixels, Plan
 from core.problems import Problem
-from core.settings import Settings
+from core.settings import Loras, Settings
 from runners import memory
 from runners.device import Device
 from runners.memory import Request, Way
+from tests import lora_files
+from tests import miniatures as made
+from tests.test_control import controlnet
 from tests.test_optimising import levels
 
 MIB = 2**20
@@ -167,6 +175,72 @@ def test_other_models_make_room_for_what_a_large_picture_computes(miniatures: di
         assert {m.model_id for m in home.residency.snapshot([])} == {"b"}
     finally:
         home.queue.close()
+
+
+@pytest.fixture(scope="module")
+def furnished(miniatures: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    """SD 1.5 with one of everything that may stand beside a model."""
+    folder, sd15 = tmp_path_factory.mktemp("beside"), miniatures["sd15"]
+    controlnet("sd15", sd15, folder / "net")
+    made.save_ip_adapter(UNet2DConditionModel.from_pretrained(sd15 / "unet"), folder / "ip")
+    pipe = DiffusionPipeline.from_pretrained(sd15, safety_checker=None, requires_safety_checker=False)
+    lora_files.write(folder / "lora.safetensors", lora_files.kohya_layout(lora_files.matrices(pipe)))
+    listed = {"model_id": None, "base_model": "sd15", "lora_path": "https://example.org/lora", "trigger words": [], "allow_no_mention": True, "usage_rights": "None", "file_name": "lora.safetensors"}
+    (folder / "loras.json").write_text(json.dumps({"lora": listed}))
+    models = Models(
+        default="sd15", cpu_threads=1, catalogue=[Model(id="sd15", family="sd15", source=str(sd15)), Model(id="starter/upscaler", family="upscaler")],
+        controlnets=[ControlNet(id="net", family="sd15", source=str(folder / "net"))],
+        ip_adapters=[IpAdapter(id="ip", family="sd15", source=str(folder / "ip"), subfolder="models", weight_name="ip-adapter.safetensors", image_encoder="models/image_encoder")],
+    )  # fmt: skip
+    animated = Animation(motion_adapters=[{"id": "motion", "source": str(miniatures["motion"])}])
+    settings = Settings(models=models, animation=animated, loras=Loras(registry=folder / "loras.json", folder=folder))
+    home = Device(settings, Catalogue(settings))
+    yield home
+    home.queue.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("lora", {"lora": "lora"}), ("net", {"controlnet": "net"}), ("ip", {"ip_adapter": "ip"}), ("motion", {"num_frames": 2}), ("starter/upscaler", {"hr_scale": 1.5, "hr_upscaler": "starter/upscaler"})],
+)
+def test_what_stands_beside_a_model_is_estimated_and_made_room_for(furnished: Device, name: str, values: dict[str, object]) -> None:
+    home, picture = furnished, Pixels(width=64, height=64, data=bytes(3 * 64 * 64))
+    inputs = Inputs(control_image=[picture] if name == "net" else [], ip_adapter_image=[picture] if name == "ip" else [])
+    wanted = {"prompt": "a cat", "model_id": "sd15", "seed": 1, "num_inference_steps": 2, "width": 128, "height": 128, **values}
+    if name == "motion":
+        asked = animation.plan(home.catalogue, reading.check(AnimationRequest, wanted), "test")
+    else:
+        asked = home.catalogue.plan(reading.parse(wanted), inputs, "test")
+    home.fetch_guides(asked)
+    paths = {id: home.fetch(home.catalogue.find(id)) for id in asked.models} | ({"motion": home.fetch_motion(asked)} if asked.animation else {})
+
+    def draw(budget: int) -> Generation:
+        before, home.residency.budget = home.residency.budget, budget
+        try:
+            return home.submit(asked, paths["sd15"], paths).result(60)
+        finally:
+            home.residency.budget = before
+
+    home.unload(None).result(30)
+    resident = home.residency.acquire(home.catalogue.find("sd15"), paths["sd15"], torch.float32)
+    alone = home.residency.resident_bytes
+    draw(home.residency.budget)
+    ((_, estimated),) = home._beside(asked, paths, torch.float32).items()
+    assert estimated == pytest.approx(home.residency.resident_bytes - alone, rel=0.02)
+    assert not home._beside(asked, paths, torch.float32).keys() - home.residency.present(resident.entry, torch.float32)
+    # A byte less than is estimated, and it does not run as usual.
+    wanted_memory = home._request([asked], paths)
+    usual = memory.ways(wanted_memory, may_offload=False)[0]
+    needs = memory.needed(wanted_memory, usual)
+    assert needs - memory.needed(replace(wanted_memory, beside=0), usual) == estimated
+    assert draw(needs).ran.degraded is None
+    try:
+        assert draw(needs - 1).ran.degraded
+    except Problem as short:
+        assert short.details.status == 507
+    with pytest.raises(Problem, match=r"of it for the LoRAs, ControlNets, adapters") as caught:
+        draw(memory.weights_in_use(wanted_memory, usual) - 1)
+    assert caught.value.details.status == 503
 
 
 def request(family: str, tmp_path: Path, rows: int = 4, side: int = 1024, dtype: torch.dtype = torch.float16, **optimise: object) -> Request:
