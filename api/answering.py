@@ -76,7 +76,7 @@ async def answer(generation: Generation, request: GenerationRequest | UpscaleReq
 async def as_json(generation: Generation, request: GenerationRequest | PicturesRequest, embed: bool) -> GenerationResponse:
     """The JSON answer as a model, for the typed APIs."""
     assert generation.ran is not None
-    files = await asyncio.to_thread(_encode_all, generation, request.format, request.quality, embed)
+    files = await asyncio.to_thread(encode_all, generation, request.format, request.quality, embed)
     return GenerationResponse(
         images=[base64.b64encode(f).decode() for f in files],
         media_type=images.MEDIA_TYPES[request.format],
@@ -95,7 +95,7 @@ def _build(generation: Generation, media_type: str, format: ImageFormat, quality
         texts = metadata.texts(generation, 0) if embed else None
         body = images.encode(picture, format, quality, texts)
     else:
-        files = _encode_all(generation, format, quality, embed)
+        files = encode_all(generation, format, quality, embed)
         body, media_type = _bundle(generation, files, media_type, format)
     ran.timing.encode = 1000 * (time.perf_counter() - started)
     headers = describe(ran, generation.seeds)
@@ -104,7 +104,8 @@ def _build(generation: Generation, media_type: str, format: ImageFormat, quality
     return Response(body, media_type=media_type, headers=headers)
 
 
-def _encode_all(generation: Generation, format: ImageFormat, quality: int, embed: bool) -> list[bytes]:
+def encode_all(generation: Generation, format: ImageFormat, quality: int, embed: bool) -> list[bytes]:
+    """Each picture as a file, with its own metadata where `embed` says so."""
     return [
         images.encode(picture, format, quality, metadata.texts(generation, i) if embed else None)
         for i, picture in enumerate(generation.pictures)

@@ -12,10 +12,25 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import animate, experiments, llm, loras, models, multimodal, preprocess, seed, typed, upscaling, usage
+from api import (
+    animate,
+    errors,
+    experiments,
+    links,
+    llm,
+    loras,
+    models,
+    multimodal,
+    openai,
+    preprocess,
+    seed,
+    typed,
+    upscaling,
+    usage,
+)
 from core import __version__
 from core.catalogue import Catalogue
-from core.problems import MEDIA_TYPE, FieldError, Problem, ProblemDetails, invalid, problem, shown
+from core.problems import FieldError, Problem, ProblemDetails, invalid, problem, shown
 from core.settings import Settings
 
 # The gate has checked the key before a route runs; these tell the OpenAPI document so.
@@ -54,23 +69,24 @@ def build(settings: Settings) -> FastAPI:
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
-    for contract in (seed, preprocess, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage):
+    for contract in (seed, openai, links, preprocess, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage):
         app.include_router(contract.router)
     return app
 
 
-async def _problem(_: Request, error: Exception) -> Response:
+async def _problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem)
-    return Response(error.body(), error.details.status, error.headers, MEDIA_TYPE)
+    path = request.url.path
+    return Response(errors.body(path, error), errors.status(path, error), error.headers, errors.media_type(path))
 
 
 async def _validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    errors = [
+    found = [
         FieldError(field=str(item["loc"][-1])[:80], message=item["msg"], given=shown(item.get("input")))
         for item in error.errors()
     ]
-    return await _problem(request, invalid(errors))
+    return await _problem(request, invalid(found))
 
 
 async def _http(request: Request, error: Exception) -> Response:

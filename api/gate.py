@@ -16,12 +16,12 @@ from typing import Any, get_args
 from bentoml._internal.context import server_context
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import backend
+from api import backend, errors, links
 from core import problems
 from core.auth import Caller, Keys
 from core.draining import Draining
 from core.plans import Task
-from core.problems import MEDIA_TYPE, Problem, problem
+from core.problems import Problem, problem
 from core.settings import Settings
 from core.status import RunnerStatus
 
@@ -56,7 +56,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         request_id = uuid.uuid4().hex
-        answer = _Answer(send, request_id)
+        answer = _Answer(send, request_id, scope["path"])
         try:
             await self._serve(scope, receive, answer)
         except Problem as error:
@@ -73,7 +73,7 @@ class Gate:
         if path == "/readyz":
             await self._ready(answer)
             return
-        if path not in self.public:
+        if path not in self.public and not links.opens(path):
             scope.setdefault("state", {})["caller"] = self._admit(scope)
         if path.startswith("/internal"):
             raise problem(404, "not-found", "Not found", f"There is no {path[:200]}.")
@@ -150,17 +150,17 @@ class Gate:
 
 
 class _Answer:
-    """`send`, turning every error that is not yet a problem into one, and adding the request's id."""
+    """`send`, turning every error that has not yet the shape of its path into one that has, and adding the request's id."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send, self._id = send, request_id
+    def __init__(self, send: Send, request_id: str, path: str) -> None:
+        self._send, self._id, self._path = send, request_id, path
         self._started = False
         self._error: tuple[int, dict[str, str]] | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in message["headers"]}
-            if message["status"] >= 400 and not headers.get("content-type", "").startswith(MEDIA_TYPE):
+            if message["status"] >= 400 and not headers.get("content-type", "").startswith(errors.media_type(self._path)):
                 self._error = (message["status"], {k: v for k, v in headers.items() if k in ("allow", "retry-after", "www-authenticate")})
                 return
             self._started = True
@@ -180,7 +180,7 @@ class _Answer:
             return
         self._error = None
         extra = [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in error.headers.items()]
-        await self._whole(error.details.status, MEDIA_TYPE, error.body(), extra)
+        await self._whole(errors.status(self._path, error), errors.media_type(self._path), errors.body(self._path, error), extra)
 
     async def json(self, status: int, content: dict[str, Any]) -> None:
         await self._whole(status, "application/json", json.dumps(content).encode(), [])

@@ -52,7 +52,7 @@ def decode_mask(data: bytes, limits: Limits) -> Pixels:
     return _decoded(data, limits, "mask", opaque)
 
 
-def transparency(data: bytes, limits: Limits) -> Pixels | None:
+def transparency(data: bytes, limits: Limits, field: str = "image") -> Pixels | None:
     """What of a picture is transparent, as a mask: white for transparent, black for opaque; None where nothing is.
 
     Raises:
@@ -63,7 +63,7 @@ def transparency(data: bytes, limits: Limits) -> Pixels | None:
         alpha = _transparency(ImageOps.exif_transpose(opened))
         return None if alpha is None else _pixels(ImageOps.invert(alpha).convert("RGB"))
 
-    return _decoded(data, limits, "image", inverted)
+    return _decoded(data, limits, field, inverted)
 
 
 def _transparency(image: Image.Image) -> Image.Image | None:

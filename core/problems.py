@@ -7,7 +7,7 @@ runner hands its details to the entry service as data. Nothing else in Easel mak
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -109,6 +109,12 @@ def from_validation(error: ValidationError, known: Iterable[str]) -> Problem:
             allowed = ", ".join(f"{k} {v}" for k, v in limits.items()) or None
             errors.append(FieldError(field=field, message=message, allowed=allowed, given=shown(item.get("input"))))
     return invalid(errors)
+
+
+def renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
+    """The same problem, its fields under the names that a contract has for them."""
+    errors = [e.model_copy(update={"field": names.get(e.field, e.field)}) for e in problem.details.errors]
+    return Problem(invalid(errors).details, problem.headers) if errors and problem.details.status == 422 else problem
 
 
 def too_large(limit: int) -> Problem:

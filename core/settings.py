@@ -59,6 +59,13 @@ class Metadata(Section):
     embed: bool = True
 
 
+class Links(Section):
+    """Pictures that are answered as URLs: how long they are kept (in memory), and how many bytes of them."""
+
+    retention_s: Seconds = 3600
+    bytes: Count = 256 * 1024 * 1024
+
+
 class Loras(Section):
     """The LoRA registry and the folder of downloaded weights; relative paths are beside the configuration."""
 
@@ -163,6 +170,7 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     queue: Queue = Queue()
     metadata: Metadata = Metadata()
+    links: Links = Links()
     models: Models = Models(allow_unlisted=True)
     loras: Loras = Loras()
     prompts: Prompts = Prompts()

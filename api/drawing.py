@@ -1,0 +1,38 @@
+"""The middle of every contract for pictures: a checked request, planned and drawn, and put down in the usage log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from fastapi import Request
+
+from api import backend, usage
+from core.catalogue import Catalogue
+from core.generation import Generation
+from core.plans import Inputs, Plan
+from core.problems import Problem, renamed
+from core.requests import GenerationRequest
+
+
+async def planned(wanted: GenerationRequest, inputs: Inputs | None, request: Request, names: Mapping[str, str] | None = None) -> Plan:
+    """The request with every value decided.
+
+    Args:
+        names: what the contract calls the request's fields, where it has names of its own.
+
+    Raises:
+        Problem: 422 that lists every field that cannot be honoured.
+    """
+    catalogue: Catalogue = request.app.state.catalogue
+    try:
+        return await asyncio.to_thread(catalogue.plan, wanted, inputs, request.state.caller.id)
+    except Problem as problem:
+        raise renamed(problem, names or {}) from None
+
+
+async def drawn(plan: Plan, request: Request) -> Generation:
+    """The pictures of a plan, as long as the client waits for them; raises as `backend.generate`."""
+    generation = await backend.generate(plan, request)
+    await usage.record(plan, generation)
+    return generation
