@@ -45,6 +45,8 @@ common: dict[str, Any] = {
     "workers": 1,  # of each of our services: see core.placement
     "http": {"host": configured.server.host, "port": configured.server.port},
     "runner_probe": {"enabled": False},
+    # BentoML closes the entry's connections to a runner after 100 calls or 5 minutes, those in use too.
+    "runner_connection": {"max_requests": 2**31, "max_age": 1e9},
 }
 
 
@@ -98,6 +100,7 @@ class _Entry(typed.TypedApis, animate.AnimationApis, upscaling.UpscaleApi, multi
     @bentoml.on_startup
     async def begin(self) -> None:
         draining.install()
+        await backend.lift_limits(self)
 
 
 for worker in _workers:

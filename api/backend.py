@@ -47,8 +47,12 @@ def workers() -> dict[str, Runner]:
     service: Any = bentoml.get_current_service()
     if alone := getattr(service, "name", None):
         return {alone: cast(Runner, _Here(service))}
+    return _dependencies(service)
+
+
+def _dependencies(entry: Any) -> dict[str, Runner]:
     names = (f"{name}{number or ''}" for name in SERVICES for number in (0, *range(2, MAX_WORKERS + 1)))
-    return {name: cast(Runner, getattr(service, attribute(name))) for name in names if hasattr(service, attribute(name))}
+    return {name: cast(Runner, getattr(entry, attribute(name))) for name in names if hasattr(entry, attribute(name))}
 
 
 def workers_of(name: Service) -> dict[str, Runner]:
@@ -62,6 +66,14 @@ def workers_of(name: Service) -> dict[str, Runner]:
         detail = f"This is served by {name}; {next(iter(here))} runs alone here. Start `bentoml serve` for both, or `bentoml serve service:{name}`."
         raise problem(404, "not-served-here", "Not served here", detail)
     return own
+
+
+async def lift_limits(entry: Any) -> None:
+    """Let every call through from the entry to the workers, whose queues have bounds of their own. aiohttp keeps to 100 connections
+    at once, and the next call, a probe, say, would wait for a picture to be done."""
+    for runner in _dependencies(entry).values():
+        session = await cast(Any, runner)._async._session_manager.get_session()
+        session.connector._limit = 0
 
 
 class _Here:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import io
 import json
 import threading
@@ -263,3 +264,21 @@ def test_a_deadline_stops_the_work(server: Server) -> None:
     started = time.monotonic()
     assert "deadline" in problem(server.post("/post_config", params=endless), 504)["type"]
     assert time.monotonic() - started < 20
+
+
+def test_a_picture_in_the_making_outlasts_any_number_of_other_calls(server: Server) -> None:
+    """BentoML would close the entry's connections after a hundred, and the picture would be begun anew."""
+    drawing = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    drawing.request("POST", "/post_config?prompt=apple&num_inference_steps=150&count_returned=4&seed=1", headers={"X-API-Key": USER})
+    wait_for(lambda: (server.get("/buffer_status").json()["queue"]["progress"] or {"steps": 0})["steps"] == 150, 60, server)
+
+    def steps_done(_: int) -> int:
+        return server.get("/buffer_status").json()["queue"]["progress"]["steps_done"]
+
+    first = steps_done(0)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(steps_done, range(105)))
+    assert steps_done(0) > first
+    drawing.close()
+    wait_for(lambda: server.get("/buffer_status").json()["queue"]["running"] == 0, 60, server)
+    assert "the runner did not answer" not in server.log.read_text(errors="replace")
