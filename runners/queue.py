@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ class Share(Generic[W, R]):
     run: Callable[[list[Job[R]], list[W]], list[R]]
 
 
-@dataclass
+@dataclass(eq=False)
 class Job(Generic[R]):
     """Work on its way to the device: `run` does it, calling `check()` between its steps."""
 
@@ -95,7 +95,9 @@ class DeviceQueue:
 
     def __init__(self, rest: Callable[[], None], limit: int, per_key: int) -> None:
         self._rest, self.limit, self.per_key = rest, limit, per_key
-        self._waiting: OrderedDict[str, deque[Job[Any]]] = OrderedDict()
+        # By key, and of a key in the order of their coming; that, and the index by id, so that one among thousands is found at once.
+        self._waiting: OrderedDict[str, OrderedDict[Job[Any], None]] = OrderedDict()
+        self._by_id: dict[str, Job[Any]] = {}
         self._running: list[Job[Any]] = []
         self._count = 0
         self._mean_s: float | None = None
@@ -119,7 +121,8 @@ class DeviceQueue:
                     f"The {whose} full ({self._count} requests wait). Try again later.",
                     retry_after=self._wait_s(own if self._count < self.limit else self._count),
                 )
-            self._waiting.setdefault(job.client, deque()).append(job)
+            self._waiting.setdefault(job.client, OrderedDict())[job] = None
+            self._by_id[job.id] = job
             self._count += 1
             self._changed.notify()
         return job.future
@@ -131,15 +134,13 @@ class DeviceQueue:
                 if job.id == job_id:
                     job.cancel()
                     return True
-            for client, jobs in self._waiting.items():
-                for job in jobs:
-                    if job.id == job_id:
-                        jobs.remove(job)
-                        self._count -= 1
-                        if not jobs:
-                            del self._waiting[client]
-                        _fail(job, problems.cancelled())
-                        return True
+            if waiting := self._by_id.get(job_id):
+                jobs = self._waiting[waiting.client]
+                self._leave(jobs, waiting)
+                if not jobs:
+                    del self._waiting[waiting.client]
+                _fail(waiting, problems.cancelled())
+                return True
         return False
 
     def status(self) -> QueueStatus:
@@ -160,6 +161,7 @@ class DeviceQueue:
                 for job in jobs:
                     _fail(job, problems.unavailable("The service is shutting down.", retry_after=10))
             self._waiting.clear()
+            self._by_id.clear()
             self._count = 0
             self._changed.notify()
         self._thread.join()
@@ -182,11 +184,17 @@ class DeviceQueue:
 
     def _take(self, client: str) -> Job[Any]:
         jobs = self._waiting.pop(client)
-        job = jobs.popleft()
+        job = next(iter(jobs))
+        self._leave(jobs, job)
         if jobs:
             self._waiting[client] = jobs  # at the back: the other keys come first
-        self._count -= 1
         return job
+
+    def _leave(self, jobs: OrderedDict[Job[Any], None], job: Job[Any]) -> None:
+        del jobs[job]
+        if self._by_id.get(job.id) is job:
+            del self._by_id[job.id]
+        self._count -= 1
 
     def _companions(self, share: Share[Any, Any]) -> list[Job[Any]]:
         """Jobs that fill the batch, one of each key in turn. A key's jobs keep their order, so that only
@@ -195,7 +203,7 @@ class DeviceQueue:
         while room > 0 and found:
             found = False
             for client in list(self._waiting):
-                head = self._waiting[client][0].share
+                head = next(iter(self._waiting[client])).share
                 if head is not None and head.key == share.key and head.rows <= room:
                     companions.append(self._take(client))
                     room -= head.rows

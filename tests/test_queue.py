@@ -105,6 +105,26 @@ def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_at_its_next_check(
     assert not queue.cancel("unknown")
 
 
+def test_ten_thousand_that_wait_do_not_slow_the_queue_down() -> None:
+    """Against a queue of a hundred, in the same run: what takes longer with every request that waits would take a hundred times as long."""
+    took = {}
+    for waiting in (100, 10_000):
+        queue = DeviceQueue(lambda: None, limit=20_000, per_key=20_000)
+        blocker = Blocker(queue)
+        for i in range(waiting):
+            queue.submit(Job(f"{i}", f"client{i % 10}", lambda job: None, 60))
+        began = time.perf_counter()
+        for i in range(50):
+            queue.submit(Job(f"more{i}", "client0", lambda job: None, 60))
+            queue.status()
+            assert queue.cancel(f"{waiting - 1 - i}")
+        took[waiting] = time.perf_counter() - began
+        assert queue.status().waiting == waiting
+        blocker.go.set()
+        queue.close()
+    assert took[10_000] < 10 * took[100]
+
+
 def test_a_deadline_counts_the_wait(queue: DeviceQueue) -> None:
     blocker = Blocker(queue)
     late = queue.submit(Job("late", "a", lambda job: None, 0.05))
