@@ -25,6 +25,7 @@ from core.plans import Plan
 from core.settings import Settings, beside_configuration, secrets
 from core.status import Progress
 from runners import animation, denoise, guides, loading, memory, motion, multimodal, optimising, upscaling, weights
+from runners.cores import Cores
 from runners.memory import Way
 from runners.queue import DeviceQueue, Job, Share, check_all
 from runners.residency import Residency, Resident, release_memory
@@ -43,8 +44,7 @@ class Device:
         if missing := models.needs(torch.cuda.device_count() if self.torch_device.type == "cuda" else 0):
             raise ValueError(f"The catalogue asks for what {self.torch_device} cannot do. {'. '.join(missing)}")
         optimising.keep_compiled(beside_configuration(models.compile_cache))
-        if models.cpu_threads:
-            torch.set_num_threads(models.cpu_threads)
+        self._cores = Cores(models.cpu_threads) if self.torch_device.type == "cpu" else None
         self.residency = Residency(models, self.torch_device, lora_budget=settings.loras.memory_budget_bytes)
         self.safety = SafetyChecker(settings.safety, self.torch_device)
         self._guides: dict[str, tuple[ControlNet | IpAdapter, Path]] = {}
@@ -104,10 +104,11 @@ class Device:
 
     def _checked(self, jobs: list[Job[Generation]], plans: list[Plan], paths: dict[str, Path]) -> list[Generation]:
         """`_run` for the plans whose pictures may be used; what it draws is looked at before anyone sees it."""
-        refused = [self.safety.refusal(plan) for plan in plans]
-        fine = [i for i, problem in enumerate(refused) if problem is None]
-        drawn = iter(self._run([jobs[i] for i in fine], [plans[i] for i in fine], paths) if fine else [])
-        return [Generation(problem=problem.details) if problem else self.safety.censor(next(drawn)) for problem in refused]
+        with self._cores.busy() if self._cores else contextlib.nullcontext():
+            refused = [self.safety.refusal(plan) for plan in plans]
+            fine = [i for i, problem in enumerate(refused) if problem is None]
+            drawn = iter(self._run([jobs[i] for i in fine], [plans[i] for i in fine], paths) if fine else [])
+            return [Generation(problem=problem.details) if problem else self.safety.censor(next(drawn)) for problem in refused]
 
     def _run(self, jobs: list[Job[Generation]], plans: list[Plan], paths: dict[str, Path]) -> list[Generation]:
         """In the device's thread: make the model resident, then draw plans that are alike."""
@@ -129,6 +130,8 @@ class Device:
         def check(stepped: bool = False) -> None:
             if stepped:
                 jobs[0].progress = Progress(model_id=entry.id, steps_done=next(done), steps=expected)
+            if self._cores:
+                self._cores.divide()
             check_all(jobs)
 
         def draw(way: Way) -> list[Generation]:
