@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help serve test lint lock keys bench clean
+.PHONY: help serve test lint lock keys bench bento container prove-container clean
 help:  ## list the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
 
 serve: .venv/serve.stamp keys  ## set up and serve on 127.0.0.1:3000
 	@exec $(BIN)/bentoml serve service:ImageGeneration --timeout-graceful-shutdown 10
@@ -22,6 +22,15 @@ keys: .venv/serve.stamp  ## write API keys into .env where there are none, and s
 bench: .venv/test.stamp  ## measure against raw diffusers; writes bench/results.md
 	$(BIN)/python bench/overhead.py
 	$(BIN)/python bench/unidiffuser.py
+
+bento: .venv/serve.stamp  ## build a Bento
+	EASEL_AUTH__MODE=off $(BIN)/bentoml build
+
+container: .venv/serve.stamp  ## build the image easel:cuda, or easel:cpu with FLAVOUR=cpu
+	deploy/container/build.sh $(or $(FLAVOUR),cuda)
+
+prove-container: .venv/serve.stamp  ## build the CPU image with buildah, start it, and have it draw; as root
+	$(BIN)/python deploy/prove_container.py $(ARGS)
 
 lock: .venv/python.stamp  ## resolve pyproject.toml anew into requirements.lock and requirements-dev.lock
 	rm -rf .venv/lock && $(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install -q -U pip

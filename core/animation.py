@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from fractions import Fraction
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from PIL import Image
@@ -19,7 +20,16 @@ from core.problems import FieldError, invalid, nearest
 from core.requests import GenerationRequest
 
 AnimationFormat = Literal["gif", "webp", "mp4"]
-MEDIA_TYPES: dict[AnimationFormat, str] = {"gif": "image/gif", "webp": "image/webp", "mp4": "video/mp4"}
+MEDIA_TYPES: dict[AnimationFormat, str] = {"gif": "image/gif", "webp": "image/webp"}
+if find_spec("av"):  # an installation may do without it, and so without x264's licence (docs/container.md)
+    MEDIA_TYPES["mp4"] = "video/mp4"
+
+
+def _format(value: object) -> object:
+    name = value.lower() if isinstance(value, str) else value
+    if name == "mp4" and name not in MEDIA_TYPES:
+        raise ValueError("mp4 needs the package av, which is not installed here; there are gif and webp")
+    return name
 
 
 class AnimationRequest(GenerationRequest):
@@ -28,7 +38,7 @@ class AnimationRequest(GenerationRequest):
     num_frames: int = Field(16, ge=2, le=1024, description="Frames; the motion adapter sees at most so many (32 or 24) at once.")
     fps: float = Field(8, gt=0, le=50, allow_inf_nan=False, description="Frames a second.")
     motion_adapter: str | None = Field(None, max_length=300, description="A motion adapter of animation.motion_adapters; the first that fits if left out.")
-    format: Annotated[AnimationFormat, BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)] = Field("gif", description="The file format.")  # type: ignore[assignment]
+    format: Annotated[AnimationFormat, BeforeValidator(_format)] = Field("gif", description="The file format.")  # type: ignore[assignment]
 
 
 def plan(catalogue: Catalogue, request: AnimationRequest, client: str) -> Plan:

@@ -1,7 +1,8 @@
 """Every setting: configuration.yaml, overridden by the environment, with secrets from `.env`.
 
 `EASEL_CONFIGURATION` names another file; `EASEL_QUEUE__LIMIT=8` overrides one value. The seed's
-variables (API_KEY, ADMIN_API_KEY, HF_TOKEN, CIVIT_KEY) keep their names and never stand in the YAML file.
+variables (API_KEY, ADMIN_API_KEY, HF_TOKEN, CIVIT_KEY) keep their names and never stand in the YAML file;
+each may be in a file that API_KEY_FILE and the like name.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 from core.model_settings import Animation, Count, Models, Queue, Runner, Seconds, Section, UniDiffuser
@@ -198,7 +200,12 @@ class Settings(BaseSettings):
 
 
 class Secrets(BaseSettings):
-    """Keys and tokens, from the environment or `.env`; never logged, never in an answer."""
+    """Keys and tokens, from the environment, from the files that it names (API_KEY_FILE, as containers
+    mount secrets) or from `.env`; never logged, never in an answer.
+
+    Raises:
+        ValueError: where a file cannot be read, or a secret is given both ways.
+    """
 
     model_config = SettingsConfigDict(extra="ignore", frozen=True)
 
@@ -207,6 +214,38 @@ class Secrets(BaseSettings):
     hf_token: SecretStr = SecretStr("")
     civit_key: SecretStr = SecretStr("")
     llm_api_key: SecretStr = SecretStr("")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, SecretFiles(settings_cls), dotenv_settings
+
+
+class SecretFiles(PydanticBaseSettingsSource):
+    """Secrets in files that NAME_FILE names in the environment, less the white space around them."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[str | None, str, bool]:
+        name = field_name.upper()
+        path = os.environ.get(f"{name}_FILE")
+        if not path:
+            return None, field_name, False
+        if os.environ.get(name):
+            raise ValueError(f"Both {name} and {name}_FILE are set; give the secret one way.")
+        try:
+            return Path(path).read_text(encoding="utf-8").strip(), field_name, False
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise ValueError(f"{name}_FILE: {path} cannot be read: {reason}.") from None
+
+    def __call__(self) -> dict[str, str]:
+        values = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def configuration_path() -> Path:

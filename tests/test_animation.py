@@ -227,3 +227,10 @@ def test_bentomls_client_gets_the_animation_as_a_file(server: Server) -> None:
     with bentoml.SyncHTTPClient(server.url, token=USER, timeout=120) as client:
         path = client.animate(**ASKED)
     assert Image.open(path).n_frames == 4
+
+
+def test_without_av_mp4_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(animation.MEDIA_TYPES, "mp4")
+    assert AnimationRequest(prompt="x", format="WEBP").format == "webp"
+    with pytest.raises(ValueError, match="mp4 needs the package av"):
+        AnimationRequest(prompt="x", format="mp4")

@@ -53,8 +53,16 @@ def test_the_seeds_file_is_read_and_stays_readable_by_the_seeds_readers(registry
 
 
 def test_a_local_entry_is_found_beside_the_registry(registry: Registry) -> None:
-    registry.put(lora("pixel_art_style", lora_path="starter/loras/pixel_art_style.safetensors"))
-    assert registry.file(registry.find("pixel_art_style")) == registry.path.parent / "starter/loras/pixel_art_style.safetensors"
+    registry.put(lora("mine", lora_path="kept/mine.safetensors"))
+    assert registry.file(registry.find("mine")) == registry.path.parent / "kept/mine.safetensors"
+
+
+def test_the_starters_entries_are_found_where_the_registry_is_kept_elsewhere(tmp_path: Path) -> None:
+    elsewhere = Registry(tmp_path / "lora_list.json", tmp_path / "loras")
+    elsewhere.path.write_text((ROOT / "lora_list.json").read_text())
+    for lora in elsewhere.entries().values():
+        assert elsewhere.file(lora) == ROOT / lora.lora_path
+        assert elsewhere.file(lora).is_file()
 
 
 def test_hand_edits_are_seen_by_every_reader_without_a_restart(registry: Registry) -> None:

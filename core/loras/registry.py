@@ -25,6 +25,7 @@ from core.loras import rights
 from core.loras.listfile import Broken, members, write
 from core.model_settings import Family
 from core.problems import Problem, invalid_field, nearest, problem, unavailable
+from core.settings import ROOT
 
 log = logging.getLogger("easel.loras")
 LOCK_TIMEOUT_S = 20
@@ -45,7 +46,7 @@ class Lora(BaseModel):
     """An entry of the registry.
 
     `lora_path` is where the weights came from (a URL) or, for a file that lies beside the
-    registry, its path relative to it. `file_name` is the file in `loras.folder`. An entry without a
+    registry or in the Bento, its path relative to that. `file_name` is the file in `loras.folder`. An entry without a
     `kind` is a LoRA, as it was for the seed.
     """
 
@@ -150,7 +151,8 @@ class Registry:
             return self.folder / lora.file_name
         if version := _CIVITAI_DOWNLOAD.match(lora.lora_path):  # an entry written for the seed
             return self.folder / f"civitai-{version[1]}.safetensors"
-        return self.path.parent / lora.lora_path
+        beside, shipped = self.path.parent / lora.lora_path, ROOT / lora.lora_path
+        return shipped if shipped.exists() and not beside.exists() else beside  # the starter's, where the registry is kept elsewhere
 
     def put(self, lora: Lora, replace: bool = False) -> None:
         """Write an entry.
