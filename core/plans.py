@@ -185,5 +185,15 @@ class Plan(BaseModel):
     @property
     def batch_key(self) -> str:
         """Plans with equal keys can share a batch: all but prompts, seeds and input pictures is alike."""
-        own = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "control_images", "ip_adapter_images", "deadline_s", "notes", "experiment"}
-        return f"{self.image is None} {self.inpainting is None} {self.model_dump_json(exclude=own)}"
+        return f"{self.image is None} {self.inpainting is None} {self.model_dump_json(exclude=_OWN)}"
+
+    @property
+    def step_key(self) -> str:
+        """Plans with equal keys can share denoising steps: the network that runs is the same, and the pictures' size is."""
+        return self.model_dump_json(exclude=_OWN | _OWN_STEPS)
+
+
+# What may differ between plans whose pictures are one batch from the first step to the last,
+_OWN = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "control_images", "ip_adapter_images", "deadline_s", "notes", "experiment"}
+# and between those that share single steps.
+_OWN_STEPS = {"num_inference_steps", "guidance_scale", "scheduler", "strength", "clip_skip"}

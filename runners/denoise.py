@@ -1,7 +1,8 @@
 """Plans on one resident pipeline: embed, denoise step by step, decode, and tell what ran.
 
-This is the main path's middle: everything here happens in the device's thread. Plans that come
-together are alike (`Plan.batch_key`); their pictures share denoising batches.
+This is the main path's middle: everything here happens in the device's thread. runners.batch calls it for each plan
+in a run of its own, which shares the denoiser's passes with others; where that cannot be, plans that come together are
+alike (`Plan.batch_key`), and their pictures are one batch from the first step to the last.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -93,6 +94,7 @@ def generate(
         check()
         steps.run = 0
         generators = [torch.Generator("cpu").manual_seed(plans[i].seeds[k]) for i, k in batch]
+        _seed(pipe, generators)
         stacked, second = _stacked([embedded[i][k].arguments for i, k in batch]), plans[0].hires
         arrays = pipe(
             **stacked,
@@ -121,6 +123,13 @@ def generate(
         else Generation(pictures=pictures[i], seeds=plan.seeds, ran=told(resident, plan, loras, embedded[i], named, steps.run, pictures[i][0], timings[i], guided))
         for i, plan in enumerate(plans)
     ]
+
+
+def _seed(pipe: Any, generators: list[torch.Generator]) -> None:
+    """Let the scheduler's noise come from the pictures' generators where the pipeline (Flux's) does not see to it."""
+    step = type(pipe.scheduler).step
+    if not hasattr(pipe, "prepare_extra_step_kwargs") and "generator" in inspect.signature(step).parameters:
+        pipe.scheduler.step = partial(step, pipe.scheduler, generator=generators)
 
 
 def _embedded(pipe: Any, family: Family, plan: Plan) -> list[Embedded]:

@@ -11,7 +11,10 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Hashable
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,11 +28,14 @@ from core.plans import Plan
 from core.settings import Settings, beside_configuration, secrets
 from core.status import Progress
 from runners import animation, denoise, guides, loading, memory, motion, multimodal, optimising, upscaling, weights
+from runners.batch import Batch
 from runners.cores import Cores
 from runners.memory import Way
+from runners.pace import Pace
 from runners.queue import DeviceQueue, Job, Share, check_all
-from runners.residency import Residency, Resident, release_memory
+from runners.residency import Residency, Resident
 from runners.safety import SafetyChecker
+from runners.stepping import Runs
 
 log = logging.getLogger("easel.device")
 
@@ -47,6 +53,7 @@ class Device:
         self._cores = Cores(models.cpu_threads) if self.torch_device.type == "cpu" else None
         self.residency = Residency(models, self.torch_device, lora_budget=settings.loras.memory_budget_bytes)
         self.safety = SafetyChecker(settings.safety, self.torch_device)
+        self._paces: dict[Hashable, Pace] = {}
         self._guides: dict[str, tuple[ControlNet | IpAdapter, Path]] = {}
         self.queue = DeviceQueue(self.residency.sweep, catalogue.queue.limit, catalogue.queue.per_key)
 
@@ -91,38 +98,43 @@ class Device:
         """
         paths = {plan.model_id: path, **(others or {})}
         memory.choose(self._request([plan], paths), self.residency.budget, self._may_offload)
-        share: Share[Plan, Generation] = Share(
-            plan.batch_key, plan, plan.rows, self.catalogue.models.max_batch, lambda jobs, plans: self._checked(jobs, plans, paths)
-        )
-        alone = Job(plan.id, plan.client, lambda job: self._checked([job], [plan], paths)[0], plan.deadline_s, None if plan.animation else share)
-        return self.queue.submit(alone)
+        limit = self.catalogue.models.max_batch
+        job: Job[Generation] = Job(plan.id, plan.client, lambda job: self._checked([job], [plan], paths)[0], plan.deadline_s)
+        if self._by_steps(plan):
+            job.run = lambda job: self._draw_by_steps(job, plan, paths)
+            job.share = Share(plan.step_key, plan, plan.rows, limit, steps=plan.steps)
+        elif not plan.animation:
+            job.share = Share(plan.batch_key, plan, plan.rows, limit, lambda jobs, plans: self._checked(jobs, plans, paths))
+        return self.queue.submit(job)
+
+    def _by_steps(self, plan: Plan) -> bool:
+        """Whether requests like this share single steps, not whole batches: where one network stays on one device and draws pictures."""
+        entry = self.catalogue.find(plan.model_id)
+        where = entry.model.optimise
+        return not (plan.animation or plan.upscale or entry.traits.multimodal or where.offload != "none" or where.device_map)
 
     def unload(self, model_id: str | None) -> Future[int]:
         """Queue the unloading of one model, or of all."""
         job: Job[int] = Job("unload", "admin", lambda _: self.residency.unload(model_id), self.catalogue.queue.deadline_s)
         return self.queue.submit(job)
 
-    def _checked(self, jobs: list[Job[Generation]], plans: list[Plan], paths: dict[str, Path]) -> list[Generation]:
+    def _checked(self, jobs: list[Job[Generation]], plans: list[Plan], paths: dict[str, Path], way: Way | None = None) -> list[Generation]:
         """`_run` for the plans whose pictures may be used; what it draws is looked at before anyone sees it."""
-        with self._cores.busy() if self._cores else contextlib.nullcontext():
+        with self._busy():
             refused = [self.safety.refusal(plan) for plan in plans]
             fine = [i for i, problem in enumerate(refused) if problem is None]
-            drawn = iter(self._run([jobs[i] for i in fine], [plans[i] for i in fine], paths) if fine else [])
+            drawn = iter(self._run([jobs[i] for i in fine], [plans[i] for i in fine], paths, way) if fine else [])
             return [Generation(problem=problem.details) if problem else self.safety.censor(next(drawn)) for problem in refused]
 
-    def _run(self, jobs: list[Job[Generation]], plans: list[Plan], paths: dict[str, Path]) -> list[Generation]:
-        """In the device's thread: make the model resident, then draw plans that are alike."""
+    def _run(self, jobs: list[Job[Generation]], plans: list[Plan], paths: dict[str, Path], way: Way | None = None) -> list[Generation]:
+        """In the device's thread: make the model resident, then draw plans that are alike, in the first `way` that fits."""
         timings = [Timing(queue=1000 * (time.monotonic() - job.submitted)) for job in jobs]
         plan = plans[0]
         entry = self.catalogue.find(plan.model_id)
-        dtype, notes = self._dtype(entry, plan)
         request = self._request(plans, paths)
-        way = memory.choose(request, self.residency.budget, self._may_offload)
+        way = way or memory.choose(request, self.residency.budget, self._may_offload)
         started = time.perf_counter()
-        there = self.residency.present(entry, dtype)
-        room = memory.needed(request, way) - memory.weights_at_rest(entry, paths[entry.id], dtype)
-        room -= sum(size for name, size in self._beside(plan, paths, dtype).items() if name in there)
-        resident = self.residency.acquire(entry, paths[entry.id], dtype, room)
+        resident = self._acquire(request, way, plan, paths)
 
         done = itertools.count(1)
         expected = None if plan.upscale else plan.steps * multimodal.passes(plan) * math.ceil(sum(p.rows for p in plans) / way.rows)
@@ -155,20 +167,72 @@ class Device:
             return drawn
 
         check()
+        notes = self._dtype(entry, plan)[1]
         plans = [p.model_copy(update={"notes": [*p.notes, *notes]}) for p in plans]
         try:
             for attempt in dict.fromkeys((way, memory.ways(request, self._may_offload)[-1])):
                 try:
                     return draw(attempt)
                 except RuntimeError as error:
-                    if not _out_of_memory(error):
+                    if not memory.out_of_memory(error):
                         raise
                 # Out here, since the error has held on to the tensors of the pass that failed.
                 log.warning("%dx%d with %s ran out of memory, %s", plan.width, plan.height, entry.id, attempt)
-                release_memory(self.torch_device)
+                memory.release_memory(self.torch_device)
             raise memory.exhausted(request, self.torch_device, self.residency.budget, self._may_offload)
         finally:
             self.residency.touch(resident)
+
+    def _draw_by_steps(self, first: Job[Generation], plan: Plan, paths: dict[str, Path]) -> None:
+        """In the device's thread: make the model resident, then draw a plan, and those that join it at its steps."""
+        with self._busy():
+            short = self._draw_together(first, plan, paths)
+        for job in short:
+            assert job.share is not None
+            memory.release_memory(self.torch_device)
+            self.queue.settle(job, partial(self._frugally, job, job.share.work, paths))
+
+    def _draw_together(self, first: Job[Generation], plan: Plan, paths: dict[str, Path]) -> list[Job[Generation]]:
+        """The part of `_draw_by_steps` that others join; returns those that memory was too short for."""
+        began, models = time.perf_counter(), self.catalogue.models
+        request = self._request([plan], paths)
+        way = memory.choose(request, self.residency.budget, self._may_offload)
+        most = memory.most(request, way, self.residency.budget, models.max_batch)
+        resident = self._acquire(request, way, plan, paths)
+        pace = self._paces.setdefault((plan.model_id, request.dtype, plan.width, plan.height), Pace())
+
+        def make_room(rows: int) -> None:
+            if rows > request.rows:
+                self._acquire(replace(request, rows=rows), Way(rows), plan, paths)
+
+        try:
+            loras = self.residency.adapt(resident, plan.loras)
+            upscaler = self._upscaler(plan, paths, resident)
+            guided = self.residency.guide(resident, plan, self._guides)
+            with self._thrift(resident, way):
+                batch = Batch(
+                    resident, loras, guided, upscaler, way, most, models.max_batch, Runs(self.torch_device, pace),
+                    self.queue, self.safety, self._dtype(resident.entry, plan)[1], make_room, self._cores.divide if self._cores else None, began,
+                )  # fmt: skip
+                return batch.draw(first)
+        finally:
+            self.residency.touch(resident)
+
+    def _frugally(self, job: Job[Generation], plan: Plan, paths: dict[str, Path]) -> Generation:
+        """Draw a plan that ran out of memory, in the most frugal way."""
+        return self._checked([job], [plan], paths, memory.ways(self._request([plan], paths), self._may_offload)[-1])[0]
+
+    def _busy(self) -> contextlib.AbstractContextManager[None]:
+        """While the device computes: a CPU's runners divide its cores."""
+        return self._cores.busy() if self._cores else contextlib.nullcontext()
+
+    def _acquire(self, request: memory.Request, way: Way, plan: Plan, paths: dict[str, Path]) -> Resident:
+        """The model in memory, with room beside it for what the plan needs."""
+        entry, dtype = request.entry, request.dtype
+        there = self.residency.present(entry, dtype)
+        room = memory.needed(request, way) - memory.weights_at_rest(entry, paths[entry.id], dtype)
+        room -= sum(size for name, size in self._beside(plan, paths, dtype).items() if name in there)
+        return self.residency.acquire(entry, paths[entry.id], dtype, room)
 
     def _thrift(self, resident: Resident, way: Way) -> contextlib.AbstractContextManager[None]:
         if not way.thrifty or resident.entry.model.family == "upscaler":  # a network runs in smaller tiles
@@ -217,8 +281,3 @@ class Device:
             notes = [f"a CPU has no fast {plan.torch_dtype}; ran in {chosen}"] if asked_otherwise else []
             return getattr(torch, chosen), notes
         return getattr(torch, plan.torch_dtype or entry.traits.gpu_dtype), []
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """torch's own error on a GPU; a CPU and Apple's GPUs say it in words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "MPS backend out of memory" in str(error)

@@ -8,7 +8,10 @@ refuses cannot fit, and what it admits may still meet an out-of-memory error, wh
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -170,6 +173,31 @@ def exhausted(request: Request, device: torch.device, budget: int, may_offload: 
     # The estimate was too low, so that what it says of half the pixels is the most to promise.
     half = replace(request, **dict(zip(("width", "height"), _scaled(request, math.sqrt(0.5)), strict=True)))
     return _refusal(f"{said} {_advice(half, last, budget)}")
+
+
+def most(request: Request, way: Way, budget: int, ceiling: int) -> int:
+    """How many pictures like the request's, guided and with a picture to start from, fit beside each other, up to `ceiling`;
+    those of the chosen `way` do."""
+    if way.thrifty:
+        return way.rows
+    any_like_it = replace(request, guided=request.entry.model.family != "flux", has_image=True)
+    return next((n for n in range(ceiling, way.rows, -1) if needed(any_like_it, Way(n)) <= budget), way.rows)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """torch's own error on a GPU; a CPU and Apple's GPUs say it in words."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "MPS backend out of memory" in str(error))
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed memory back: Python's cycles, CUDA's cache, and the C allocator's pages."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def model_too_large(entry: Entry, needs: int, budget: int, beside: int = 0) -> Problem:

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from core import problems
 from core.status import Progress, QueueStatus
@@ -33,14 +33,17 @@ class Share(Generic[W, R]):
         key: jobs with equal keys may share a batch.
         work: this job's part of it.
         rows: how much of a batch that takes, of `limit` in all.
-        run: does all jobs' work, one outcome each; it calls `check_all` between its steps.
+        run: does all jobs' work, one outcome each; it calls `check_all` between its steps. None where others join
+            while the job's own `run` goes on, which takes them by `DeviceQueue.join` and tells them by `settle`.
+        steps: how many it takes, where others may join.
     """
 
     key: Hashable
     work: W
     rows: int
     limit: int
-    run: Callable[[list[Job[R]], list[W]], list[R]]
+    run: Callable[[list[Job[R]], list[W]], list[R]] | None = None
+    steps: int = 0
 
 
 @dataclass(eq=False)
@@ -127,6 +130,48 @@ class DeviceQueue:
             self._changed.notify()
         return job.future
 
+    def join(self, key: Hashable, limit: int, taken: int, left: int) -> list[Job[Any]]:
+        """In the worker thread: jobs that may join the one that runs at its next step, one of each key in turn. A key's
+        jobs keep their order. Once one has its turn that cannot join, only those that take no longer than what is running
+        join: they do not make it wait for more steps.
+
+        Args:
+            key: of their `Share`.
+            limit: how many rows may run at once, of which `taken` are; a job of more rows counts as `limit`.
+            left: the steps until all that is running is done.
+        """
+        joined: list[Job[Any]] = []
+        with self._changed:
+            barred, found = False, True
+            while found:
+                found = False
+                for client in list(self._waiting):
+                    share = next(iter(self._waiting[client])).share
+                    rows = min(share.rows, limit) if share else 0
+                    if share is None or share.key != key or taken + rows > limit:
+                        barred = True
+                    elif not barred or share.steps <= left:
+                        joined.append(self._take(client))
+                        taken += rows
+                        found = True
+            self._running += joined
+        return [job for job in joined if self._begun(job)]
+
+    def settle(self, job: Job[R], outcome: Callable[[], R]) -> None:
+        """In the worker thread: tell one job's waiter what `outcome` returns or raises, while others go on."""
+        result, failure = None, None
+        try:
+            result = outcome()
+        except BaseException as error:
+            failure = error
+        with self._changed:
+            self._running.remove(job)
+            self._measure(job)
+        if failure is not None:
+            job.future.set_exception(failure)
+        else:
+            job.future.set_result(cast(R, result))
+
     def cancel(self, job_id: str) -> bool:
         """Stop a job, waiting or running (then at its next step); False for an unknown one."""
         with self._changed:
@@ -145,7 +190,7 @@ class DeviceQueue:
 
     def status(self) -> QueueStatus:
         with self._changed:
-            progress = self._running[0].progress if self._running else None
+            progress = _all([job.progress for job in self._running if job.progress])
             return QueueStatus(running=len(self._running), progress=progress, waiting=self._count, limit=self.limit, mean_service_s=self._mean_s)
 
     @property
@@ -179,7 +224,7 @@ class DeviceQueue:
             if not self._count:
                 return []
             first = self._take(next(iter(self._waiting)))
-            self._running = [first, *(self._companions(first.share) if first.share else [])]
+            self._running = [first, *(self._companions(first.share) if first.share and first.share.run else [])]
             return list(self._running)
 
     def _take(self, client: str) -> Job[Any]:
@@ -216,16 +261,20 @@ class DeviceQueue:
             if not taken:
                 self._safely_rest()
                 continue
-            started = time.monotonic()
-            jobs = []
-            for job in taken:
-                job.started = started
-                if job.future.set_running_or_notify_cancel():  # if not, its caller has given up meanwhile
-                    jobs.append(job)
-            self._work(jobs, started)
-            del jobs, job, taken
+            jobs = [job for job in taken if self._begun(job)]
+            self._work(jobs)
+            del jobs, taken
 
-    def _work(self, jobs: list[Job[Any]], started: float) -> None:
+    def _begun(self, job: Job[Any]) -> bool:
+        """Tell a job that it runs now; False where its caller has given up meanwhile."""
+        job.started = time.monotonic()
+        if job.future.set_running_or_notify_cancel():
+            return True
+        with self._changed:
+            self._running.remove(job)
+        return False
+
+    def _work(self, jobs: list[Job[Any]]) -> None:
         """Run jobs, alone or together, and tell their waiters."""
         outcomes: list[Any] = []
         failure: BaseException | None = None
@@ -236,30 +285,45 @@ class DeviceQueue:
             elif jobs:
                 check_all(jobs)
                 shares = [job.share for job in jobs if job.share is not None]
-                outcomes = shares[0].run(jobs, [share.work for share in shares])
+                run = shares[0].run
+                assert run is not None
+                outcomes = run(jobs, [share.work for share in shares])
         except BaseException as error:
             failure = error
-        self._finish(started)
-        for i, job in enumerate(jobs):
+        told = dict(zip((job.id for job in jobs), outcomes, strict=False))
+        for job in self._finish():
             if job.future.done():
                 continue
             if failure is not None:
                 job.future.set_exception(failure)
             else:
-                job.future.set_result(outcomes[i])
+                job.future.set_result(told[job.id])
 
-    def _finish(self, started: float) -> None:
-        """Free the slot before the waiters hear of it, so that they see a free slot."""
+    def _finish(self) -> list[Job[Any]]:
+        """Free the slot before the waiters hear of it, so that they see a free slot; returns those who were not told yet."""
         with self._changed:
-            self._running = []
-            took = time.monotonic() - started
-            self._mean_s = took if self._mean_s is None else 0.8 * self._mean_s + 0.2 * took
+            left, self._running = self._running, []
+            if left:
+                self._measure(left[0])
+        return left
+
+    def _measure(self, job: Job[Any]) -> None:
+        took = time.monotonic() - (job.started or job.submitted)
+        self._mean_s = took if self._mean_s is None else 0.8 * self._mean_s + 0.2 * took
 
     def _safely_rest(self) -> None:
         try:
             self._rest()
         except Exception:
             log.exception("housekeeping failed")
+
+
+def _all(progress: list[Progress]) -> Progress | None:
+    """The progress of all jobs that run together."""
+    if not progress:
+        return None
+    steps = [p.steps for p in progress if p.steps is not None]
+    return Progress(model_id=progress[0].model_id, steps_done=sum(p.steps_done for p in progress), steps=sum(steps) if len(steps) == len(progress) else None)
 
 
 def _fail(job: Job[Any], problem: problems.Problem) -> None:

@@ -6,10 +6,8 @@ anywhere. Bytes are measured, on the device or by counting the tensors, not look
 
 from __future__ import annotations
 
-import ctypes
-import gc
+import copy
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from core.generation import AppliedLora
 from core.model_settings import Models, MotionAdapter
 from core.plans import Plan, PlannedLora
 from core.status import ResidentModel
-from runners import control, loading, memory, motion, optimising, weights
+from runners import control, loading, memory, motion, optimising, stepping, weights
 from runners.adapters import Adapters
 from runners.guides import Guided, Guides, Spec
 from runners.loading import Kind
@@ -60,19 +58,24 @@ class Resident:
     _made: dict[Kind, DiffusionPipeline] = field(default_factory=dict)
 
     def pipeline(self, kind: Kind, nets: list[torch.nn.Module] | None = None) -> DiffusionPipeline:
-        """The pipeline that does `kind`, of this model's components, controlled by ControlNets where there are `nets`.
+        """A pipeline that does `kind`, of this model's components, controlled by ControlNets where there are `nets`. It is
+        the caller's own, to be given a scheduler, and shares the denoiser's passes (runners.stepping).
 
-        Its scheduler is whichever was put in last: give it one of the batch's own.
+        Offloaded by component it is nobody's own, since its hooks know the components: then its scheduler is whichever was put in last.
         """
         if nets:
-            return control.pipeline(self.base, self.entry.model.family, kind, nets, **_flags(self.base))
-        if kind == "txt2img":
-            return self.base
-        if kind not in self._made:
-            made = loading.CLASSES[self.entry.model.family][kind](**self.base.components, **_flags(self.base))
-            made.set_progress_bar_config(disable=True)
-            self._made[kind] = made
-        return self._made[kind]
+            pipe = control.pipeline(self.base, self.entry.model.family, kind, nets, **_flags(self.base))
+        elif kind == "txt2img":
+            pipe = self.base
+        else:
+            if kind not in self._made:
+                made = loading.CLASSES[self.entry.model.family][kind](**self.base.components, **_flags(self.base))
+                made.set_progress_bar_config(disable=True)
+                self._made[kind] = made
+            pipe = self._made[kind]
+        if getattr(self.base, "_all_hooks", None):
+            return pipe
+        return stepping.share_passes(pipe if nets else copy.copy(pipe))
 
     @property
     def beside(self) -> set[str]:
@@ -126,7 +129,7 @@ class Residency:
         except Exception as error:
             problem = loading.explain(entry, error)
             self.note(entry.id, "failed", problem.details.detail)
-            release_memory(self.device)
+            memory.release_memory(self.device)
             raise problem from error
         with self._lock:
             self._residents[key] = resident
@@ -260,20 +263,11 @@ class Residency:
             resident = self._residents.pop(key)
         log.info("unloading %s (%s): %.1f MiB", resident.entry.id, why, resident.bytes / 2**20)
         del resident
-        release_memory(self.device)
+        memory.release_memory(self.device)
 
 
 def _keys(resident: Resident | None) -> set[Key]:
     return {(resident.entry.id, resident.dtype)} if resident else set()
-
-
-def release_memory(device: torch.device) -> None:
-    """Give freed memory back: Python's cycles, CUDA's cache, and the C allocator's pages."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _flags(pipeline: DiffusionPipeline) -> dict[str, bool]:

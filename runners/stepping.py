@@ -1,0 +1,188 @@
+"""Runs of diffusers' pipelines side by side, which share the denoiser's passes step by step.
+
+A run is one call of a pipeline in a greenlet of its own: with its own scheduler, generators and settings, as if
+it were alone. Where it calls its denoiser it pauses. Once every run has paused, what they gave to it is put together
+where the shapes agree, the denoiser runs once with a timestep for each row, and every run goes on with its own rows.
+So a run may begin and end at any step, and whatever a scheduler does between two passes stays its own matter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from runners.memory import out_of_memory, release_memory
+from runners.pace import Pace
+
+log = logging.getLogger("easel.stepping")
+T = TypeVar("T")
+Pass = tuple[Tensor, ...]  # what a denoiser returns for `return_dict=False`
+_POSITIONS = ("txt_ids", "img_ids")  # of Flux: the tokens' places, which all rows have in common
+
+
+class Shared:
+    """Stands in a run's pipeline for its denoiser; outside of a run it is the denoiser."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        run = getcurrent()
+        if not isinstance(run, Run):
+            return self._network(*args, **named)
+        assert run.parent is not None
+        return run.parent.switch(Call.of(self._network, args, named))
+
+
+def share_passes(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Let a pipeline that nobody else has share its denoiser's passes."""
+    for name in ("unet", "transformer"):
+        if isinstance(network := vars(pipe).get(name), nn.Module):
+            vars(pipe)[name] = Shared(network)
+    return pipe
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a run gives to its denoiser: tensors whose first dimension is `rows`, and what all rows have in common.
+    Calls with an equal `kind` can be put together."""
+
+    network: nn.Module
+    tensors: list[Tensor]
+    others: dict[str, Any]
+    rebuild: Callable[[list[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
+    rows: int
+    kind: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, network: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Call:
+        common = {name: named[name] for name in _POSITIONS if named.get(name) is not None}
+        leaves, spec = pytree.tree_flatten((args, {k: v for k, v in named.items() if k not in common}))
+        rows = len(args[0] if args else named["hidden_states"])
+        # A single timestep becomes one for each row; as float32, which holds every one, since some schedulers count in integers.
+        leaves = [leaf.float().expand(rows) if isinstance(leaf, Tensor) and leaf.ndim == 0 else leaf for leaf in leaves]
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def rebuild(tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            given = list(leaves)
+            for place, tensor in zip(places, tensors, strict=True):
+                given[place] = tensor
+            made: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(given, spec)
+            return made
+
+        kinds = [(leaf.shape[1:], leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
+        kind = (id(network), repr(spec), *kinds, *(tuple(t.shape) for t in common.values()))
+        return cls(network, [leaves[place] for place in places], common, rebuild, rows, kind)
+
+
+def together(calls: list[Call], most: int | None = None) -> list[Pass]:
+    """The denoiser's answer to each of the calls, which are of one kind; at most `most` rows go through it at once."""
+    first, rows = calls[0], sum(call.rows for call in calls)
+    stacked = [torch.cat(of_all) if len(calls) > 1 else of_all[0] for of_all in zip(*(call.tensors for call in calls), strict=True)]
+    parts = []
+    for start in range(0, rows, most or rows):
+        args, named = first.rebuild([t[start : start + (most or rows)] for t in stacked])
+        parts.append(first.network(*args, **named, **first.others))
+    whole = [torch.cat(of_all) if len(parts) > 1 else of_all[0] for of_all in zip(*parts, strict=True)]
+    return list(zip(*(t.split([call.rows for call in calls]) for t in whole), strict=True))
+
+
+class Run(greenlet, Generic[T]):  # type: ignore[misc]
+    """Work that pauses where it calls a denoiser. `name` tells whose it is; `pictures`: how many it draws at once.
+
+    Once it is dead, `outcome` or `error` is there."""
+
+    def __init__(self, name: Any, work: Callable[[], T], pictures: int) -> None:
+        super().__init__(work)
+        self.name, self.pictures = name, pictures
+        self.call: Call | None = None
+        self.outcome: T | None = None
+        self.error: BaseException | None = None
+
+    def go_on(self, given: Any = None, error: BaseException | None = None) -> None:
+        """Until it calls its denoiser again, or ends."""
+        try:
+            got = self.throw(error) if error else self.switch() if self.call is None else self.switch(given)
+            if self.dead:
+                self.call, self.outcome = None, got
+            else:
+                self.call = got
+        except BaseException as raised:
+            self.call, self.error = None, raised
+
+
+@dataclass
+class Runs(Generic[T]):
+    """The runs that share a model's passes, in one thread.
+
+    Args:
+        device: where the model is.
+        pace: told how long the passes took.
+    """
+
+    device: torch.device
+    pace: Pace
+    most: int | None = None  # rows that go through the denoiser at once, since memory ran out, and
+    most_pictures: int | None = None  # how many pictures that is
+    running: list[Run[T]] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> int:
+        return sum(run.pictures for run in self.running)
+
+    def start(self, name: Any, work: Callable[[], T], pictures: int) -> Iterator[Run[T]]:
+        """Begin a run, up to its first pass; yields it if that is its end already."""
+        run: Run[T] = Run(name, work, pictures)
+        with torch.no_grad():
+            run.go_on()
+        if run.dead:
+            yield run
+        else:
+            self.running.append(run)
+
+    def step(self) -> Iterator[Run[T]]:
+        """One pass for each run; yields those that end."""
+        kinds: dict[tuple[Any, ...], list[Run[T]]] = {}
+        for run in self.running:
+            assert run.call is not None
+            kinds.setdefault(run.call.kind, []).append(run)
+        for alike in kinds.values():
+            # Gradients are off here too: a run that ends gives back the state it found, while others are in the middle.
+            with torch.no_grad():
+                answers = self._answers([run.call for run in alike if run.call], sum(run.pictures for run in alike))
+                for run, answer in zip(alike, answers, strict=True):
+                    run.go_on(error=answer) if isinstance(answer, BaseException) else run.go_on(answer)
+            for run in alike:
+                if run.dead:
+                    self.running.remove(run)
+                    yield run
+
+    def _answers(self, calls: list[Call], pictures: int) -> list[Pass | BaseException]:
+        """Of each call. Where memory runs out, again with half the rows at once; where it fails otherwise, each on its own."""
+        while True:
+            try:
+                with self.pace.timed(pictures, self.device):
+                    return [*together(calls, self.most)]
+            except Exception as error:
+                failure: Exception = error
+            rows = min(self.most or sum(call.rows for call in calls), sum(call.rows for call in calls))
+            if out_of_memory(failure) and rows > 1:
+                self.most, self.most_pictures = rows // 2, max(1, pictures * (rows // 2) // sum(call.rows for call in calls))
+                log.warning("a pass of %d rows ran out of memory; going on with %d at once", rows, self.most)
+                failure.__traceback__ = None  # it holds on to the tensors of the pass
+                release_memory(self.device)
+            elif len(calls) > 1:
+                return [answer for call in calls for answer in self._answers([call], 1)]
+            else:
+                return [failure]
