@@ -185,8 +185,13 @@ class Device:
 
     def _draw_by_steps(self, first: Job[Generation], plan: Plan, paths: dict[str, Path]) -> None:
         """In the device's thread: make the model resident, then draw a plan, and those that join it at its steps."""
-        with self._busy():
-            short = self._draw_together(first, plan, paths)
+        try:
+            with self._busy():
+                short = self._draw_together(first, plan, paths)
+        except RuntimeError as error:
+            if first.future.done() or not memory.out_of_memory(error):
+                raise
+            short = [first]
         for job in short:
             assert job.share is not None
             memory.release_memory(self.torch_device)
@@ -203,7 +208,7 @@ class Device:
 
         def make_room(rows: int) -> None:
             if rows > request.rows:
-                self._acquire(replace(request, rows=rows), Way(rows), plan, paths)
+                self._acquire(replace(request, rows=rows), Way(rows), plan, paths, upscaler)
 
         try:
             loras = self.residency.adapt(resident, plan.loras)
@@ -226,13 +231,13 @@ class Device:
         """While the device computes: a CPU's runners divide its cores."""
         return self._cores.busy() if self._cores else contextlib.nullcontext()
 
-    def _acquire(self, request: memory.Request, way: Way, plan: Plan, paths: dict[str, Path]) -> Resident:
-        """The model in memory, with room beside it for what the plan needs."""
+    def _acquire(self, request: memory.Request, way: Way, plan: Plan, paths: dict[str, Path], beside: Resident | None = None) -> Resident:
+        """The model in memory, with room for what the plan needs, and `beside` still there."""
         entry, dtype = request.entry, request.dtype
         there = self.residency.present(entry, dtype)
         room = memory.needed(request, way) - memory.weights_at_rest(entry, paths[entry.id], dtype)
         room -= sum(size for name, size in self._beside(plan, paths, dtype).items() if name in there)
-        return self.residency.acquire(entry, paths[entry.id], dtype, room)
+        return self.residency.acquire(entry, paths[entry.id], dtype, room, beside)
 
     def _thrift(self, resident: Resident, way: Way) -> contextlib.AbstractContextManager[None]:
         if not way.thrifty or resident.entry.model.family == "upscaler":  # a network runs in smaller tiles
