@@ -14,7 +14,7 @@ from bentoml._internal.resource import system_resources
 from pydantic_settings import SettingsError
 from yaml import YAMLError
 
-from api import animate, app, backend, gate, multimodal, typed, upscaling
+from api import animate, app, backend, gate, multimodal, quotas, typed, upscaling
 from core import settings
 from core.auth import Keys, NoKeys
 from core.draining import Draining
@@ -107,6 +107,6 @@ for worker in _workers:
     setattr(_Entry, backend.attribute(worker.name), bentoml.depends(worker))
 ImageGeneration = bentoml.service(name="ImageGeneration", traffic=traffic(configured.unidiffuser.queue), **common)(bentoml.asgi_app(http)(_Entry))
 
-door: dict[str, Any] = {"settings": configured, "keys": keys, "http": http, "draining": draining}
+door: dict[str, Any] = {"settings": configured, "keys": keys, "quotas": quotas.of_process(), "http": http, "draining": draining}
 for service in (*_workers, ImageGeneration):
     service.add_asgi_middleware(gate.Gate, **door)

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, cast
 import bentoml
 from starlette.requests import Request
 
-from api import routing
+from api import quotas, routing
 from api.routing import Runner
 from core import settings, trials
 from core.generation import Generation
@@ -108,9 +108,15 @@ async def generate(plan: Plan, request: Request | None, name: Service = "StableD
     (a call within this process) nobody can leave.
 
     Raises:
-        Problem: what the worker says; 503 where all are gone; 499 where the client is; 404 where the runner is not here.
+        Problem: what the worker says; 503 where all are gone; 499 where the client is; 404 where the runner is not here;
+            422 or 429 where the key may not have so much.
     """
     able = workers_of(name)
+    async with quotas.of_process().work(plan):
+        return await _generated(plan, request, able)
+
+
+async def _generated(plan: Plan, request: Request | None, able: dict[str, Runner]) -> Generation:
     several = len(able) > 1
     if plan.experiment and plan.experiment.counts:
         await asyncio.to_thread(trials.configured(settings.load()).count, plan.experiment)

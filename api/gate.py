@@ -22,6 +22,7 @@ from core.auth import Caller, Keys
 from core.draining import Draining
 from core.plans import Task
 from core.problems import Problem, problem
+from core.quotas import Quotas
 from core.settings import Settings
 from core.status import RunnerStatus
 
@@ -44,8 +45,8 @@ class Gate:
         http: the contracts' application, which answers the `DIRECT` paths before BentoML parses them.
     """
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, keys: Keys, http: ASGIApp, draining: Draining) -> None:
-        self.app, self.http, self.settings, self.keys, self.draining = app, http, settings, keys, draining
+    def __init__(self, app: ASGIApp, *, settings: Settings, keys: Keys, quotas: Quotas, http: ASGIApp, draining: Draining) -> None:
+        self.app, self.http, self.settings, self.keys, self.quotas, self.draining = app, http, settings, keys, quotas, draining
         self._met: set[str] = set()
         self.public = {"/metrics"} if settings.auth.public_metrics else set()
         if settings.auth.public_docs:
@@ -74,7 +75,9 @@ class Gate:
             await self._ready(answer)
             return
         if path not in self.public and not links.opens(path):
-            scope.setdefault("state", {})["caller"] = self._admit(scope)
+            scope.setdefault("state", {})["caller"] = caller = self._admit(scope)
+            if scope["method"] == "POST":
+                answer.extra = await self.quotas.request(caller)
         if path.startswith("/internal"):
             raise problem(404, "not-found", "Not found", f"There is no {path[:200]}.")
         if self.draining.active and (scope["method"] == "POST" or path in ADMIN_PATHS):
@@ -156,6 +159,7 @@ class _Answer:
         self._send, self._id, self._path = send, request_id, path
         self._started = False
         self._error: tuple[int, dict[str, str]] | None = None
+        self.extra: dict[str, str] = {}
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -164,7 +168,7 @@ class _Answer:
                 self._error = (message["status"], {k: v for k, v in headers.items() if k in ("allow", "retry-after", "www-authenticate")})
                 return
             self._started = True
-            message = {**message, "headers": [*message["headers"], (b"x-request-id", self._id.encode()), (b"x-content-type-options", b"nosniff")]}
+            message = {**message, "headers": [*message["headers"], (b"x-request-id", self._id.encode()), (b"x-content-type-options", b"nosniff"), *((k.lower().encode(), v.encode()) for k, v in self.extra.items())]}
         elif self._error is not None:
             return
         await self._send(message)
@@ -179,7 +183,7 @@ class _Answer:
         if self._started:  # too late for a status; the connection ends without its last chunk
             return
         self._error = None
-        extra = [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in error.headers.items()]
+        extra = [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in error.headers.items() if k not in self.extra]
         await self._whole(errors.status(self._path, error), errors.media_type(self._path), errors.body(self._path, error), extra)
 
     async def json(self, status: int, content: dict[str, Any]) -> None:

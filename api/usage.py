@@ -36,6 +36,15 @@ async def record(plan: Plan, generation: Generation) -> None:
         await asyncio.to_thread(log.append, plan, generation)
 
 
+def made_today(client: str) -> int:
+    """How many pictures a key has had made since the day (UTC) began; 0 where there is no log to tell."""
+    log, midnight = ledger(), datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    try:
+        return next((line.pictures for line in log.report(midnight, None, ["key"]) if line.group["key"] == client), 0) if log else 0
+    except (sqlite3.Error, OSError):
+        return 0
+
+
 _CONTENT: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/csv": {}}}}
 
 

@@ -51,6 +51,11 @@ class Keys:
                 "(`make keys` writes random ones), or set auth.mode: off to serve this machine alone."
             )
 
+    @property
+    def admins(self) -> set[str]:
+        """The ids of the admin keys; anyone is one where there are no keys."""
+        return {ANYONE.id} if self.off else {caller.id for _, caller in self._keys if caller.role == "admin"}
+
     def caller(self, headers: dict[str, str]) -> Caller | None:
         """Who the headers (lower-case names) prove to be; None for nobody. Takes the same time for
         every wrong key: all keys are compared, each in constant time."""

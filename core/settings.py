@@ -102,6 +102,23 @@ class Usage(Section):
     path: Path | None = Path("usage.sqlite3")
 
 
+class Quota(Section):
+    """The limits of a key; null for none. `concurrent`: generations at once, those that wait included.
+    `pixel_steps`: width x height x steps of all pictures of a request."""
+
+    requests_per_minute: Count | None = None
+    pictures_per_day: Count | None = None
+    concurrent: Count | None = None
+    pixel_steps: Count | None = None
+
+
+class QuotaSettings(Quota):
+    """The limits of user keys, those of single keys by their hash, and where they are counted."""
+
+    keys: dict[Annotated[str, Field(pattern="^[0-9a-f]{12}$")], Quota] = {}
+    storage: Annotated[str, Field(pattern=r"^(memory://$|redis://|rediss://|memcached://|mongodb://)")] = "memory://"
+
+
 class Experiments(Section):
     """What happens in experiments: an SQLite file beside the configuration; null for none."""
 
@@ -178,6 +195,7 @@ class Settings(BaseSettings):
     prompts: Prompts = Prompts()
     animation: Animation = Animation()
     usage: Usage = Usage()
+    quotas: QuotaSettings = QuotaSettings()
     experiments: Experiments = Experiments()
     llm: Llm = Llm()
     safety: Safety = Safety()

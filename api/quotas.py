@@ -1,0 +1,17 @@
+"""The quotas of this process, for the gate and for whoever has work done."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from api import usage
+from core import settings
+from core.auth import Keys
+from core.quotas import Quotas
+
+
+@lru_cache(maxsize=1)
+def of_process() -> Quotas:
+    """The counters of all keys, in this process."""
+    configured = settings.load()
+    return Quotas(configured.quotas, Keys(configured, settings.secrets()).admins, usage.made_today)
