@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from api import usage
 from core import settings
-from core.auth import Keys
+from core.auth import Keys, NoKeys
 from core.quotas import Quotas
 
 
@@ -14,4 +14,8 @@ from core.quotas import Quotas
 def of_process() -> Quotas:
     """The counters of all keys, in this process."""
     configured = settings.load()
-    return Quotas(configured.quotas, Keys(configured, settings.secrets()).admins, usage.made_today)
+    try:
+        admins = Keys(configured, settings.secrets()).admins
+    except NoKeys:  # a process that serves nobody: service.py refuses to start without keys
+        admins = set()
+    return Quotas(configured.quotas, admins, usage.made_today)
