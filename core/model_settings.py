@@ -109,7 +109,7 @@ class Models(Section):
     warm_up: list[str] = []
     idle_timeout_s: Seconds = 600
     memory_budget_bytes: Count | None = None
-    max_batch: Count = 4
+    max_batch: Count = 8
     device: str | None = None
     cpu_threads: Count | None = None
     compile_cache: Path = Path("compile_cache")

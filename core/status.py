@@ -41,8 +41,8 @@ class ResidentModel(BaseModel):
 
 
 class Progress(BaseModel):
-    """What the device is drawing: denoising steps done, of those expected for all batches of the
-    requests that it took together; null where their number is not known before (diffusion upscalers' tiles)."""
+    """What the device is drawing: denoising steps done, of those expected for all
+    requests that it draws together; null where their number is not known before (diffusion upscalers' tiles)."""
 
     model_id: str
     steps_done: int

@@ -68,7 +68,8 @@ class Call:
     @classmethod
     def of(cls, network: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Call:
         common = {name: named[name] for name in _POSITIONS if named.get(name) is not None}
-        leaves, spec = pytree.tree_flatten((args, {k: v for k, v in named.items() if k not in common}))
+        # Some pipelines name what they leave out, and others do not.
+        leaves, spec = pytree.tree_flatten((args, {k: named[k] for k in sorted(named) if k not in common and named[k] is not None}))
         rows = len(args[0] if args else named["hidden_states"])
         # A single timestep becomes one for each row; as float32, which holds every one, since some schedulers count in integers.
         leaves = [leaf.float().expand(rows) if isinstance(leaf, Tensor) and leaf.ndim == 0 else leaf for leaf in leaves]

@@ -13,7 +13,7 @@ import torch
 
 from core.catalogue import Catalogue
 from core.generation import Generation
-from core.model_settings import Model, Models
+from core.model_settings import ControlNet, Model, Models
 from core.plans import Inputs, Pixels, Plan
 from core.problems import Problem
 from core.requests import GenerationRequest
@@ -33,7 +33,8 @@ PROMPTS = ("red apple", "blue heart", "cat face", "green leaf", "yellow star", "
 def device(miniatures: dict[str, Path]) -> Iterator[Device]:
     entries = [Model(id="starter", family="starter", source="starter/stable-diffusion")]
     entries += [Model(id=family, family=family, source=str(miniatures[family])) for family in ("sd15", "sdxl", "flux")]
-    settings = Settings(models=Models(default="starter", catalogue=entries, cpu_threads=1, max_batch=4))
+    nets = [ControlNet(id="starter/controlnet-canny", family="starter")]
+    settings = Settings(models=Models(default="starter", catalogue=entries, controlnets=nets, cpu_threads=1, max_batch=4))
     made = Device(settings, Catalogue(settings))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pace, "worth", lambda _, ceiling: ceiling)  # what this machine's other work does to times is not the question here
@@ -42,13 +43,14 @@ def device(miniatures: dict[str, Path]) -> Iterator[Device]:
     torch.set_num_threads(2)
 
 
-def planned(device: Device, client: str = "test", image: Pixels | None = None, **values: object) -> Plan:
+def planned(device: Device, client: str = "test", image: Pixels | None = None, mask: Pixels | None = None, control: Pixels | None = None, **values: object) -> Plan:
     size = SIZES[str(values.get("model_id", "starter"))]
     asked = {"prompt": "red apple", "model_id": "starter", "num_inference_steps": 3, "width": size, "height": size, **values}
-    return device.catalogue.plan(GenerationRequest.model_validate(asked), Inputs(image=image), client)
+    return device.catalogue.plan(GenerationRequest.model_validate(asked), Inputs(image=image, mask=mask, control_image=[control] if control else []), client)
 
 
 def submit(device: Device, plan: Plan) -> Future[Generation]:
+    device.fetch_guides(plan)
     return device.submit(plan, device.fetch(device.catalogue.find(plan.model_id)))
 
 
@@ -124,6 +126,28 @@ def test_requests_that_ask_for_different_things_share_steps_and_get_what_they_ge
     assert len(rows) < sum(g.ran.steps_run for g in alone)
     assert [worst(a, b) <= 1 for a, b in zip(alone, shared, strict=True)] == [True] * len(asked)
     assert len({g.pictures[0].data for g in shared}) == len(asked)
+
+
+GUIDED = {"controlnet": "starter/controlnet-canny", "preprocessor": "canny", "control": PICTURE}
+MASK = Pixels(width=64, height=64, data=bytes(64 * 32 * 3) + b"\xff" * (64 * 32 * 3))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [{}, {"image": PICTURE, "mask": MASK, "scheduler": "Euler a", "num_inference_steps": 5}],
+        [GUIDED, {**GUIDED, "num_inference_steps": 5, "scheduler": "DDIM"}, {**GUIDED, "image": PICTURE}],
+        [{"hr_scale": 1.5, "hr_steps": 2}, {"hr_scale": 1.5, "hr_steps": 2, "guidance_scale": 2, "num_inference_steps": 4, "scheduler": "Euler"}],
+    ],
+    ids=["inpainting", "controlnet", "hires"],
+)
+def test_other_pipelines_share_steps_too(device: Device, asked: list[dict]) -> None:
+    asked = [{"seed": i, **each} for i, each in enumerate(asked)]
+    alone = [submit(device, planned(device, **each)).result(60) for each in asked]
+    shared, rows = together(device, *asked)
+    assert len(rows) < sum(g.ran.steps_run for g in alone)
+    assert max(rows) == len(asked)
+    assert [worst(a, b) <= 1 for a, b in zip(alone, shared, strict=True)] == [True] * len(asked)
 
 
 def test_other_sizes_models_and_lengths_of_prompt_are_not_mixed(device: Device) -> None:

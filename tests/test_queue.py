@@ -216,6 +216,34 @@ def test_one_job_of_a_batch_is_cancelled_and_the_others_go_on(queue: DeviceQueue
     assert queue.status().running == 0
 
 
+def test_jobs_join_one_that_runs_in_turns_and_a_barred_one_lets_only_shorter_ones_pass(queue: DeviceQueue) -> None:
+    started, going = threading.Event(), threading.Event()
+    joined: list[list[str]] = []
+
+    def run(first: Job[str]) -> None:
+        started.set()
+        assert going.wait(5)
+        for job in (first, *take(4, 1, left=3), *take(2, 1, left=3)):
+            queue.settle(job, lambda job=job: f"{job.id}!" if job.id != "b1" else 1 / 0)
+            assert job.future.done()
+
+    def take(limit: int, taken: int, left: int) -> list[Job[str]]:
+        jobs = queue.join("k", limit, taken, left)
+        joined.append([job.id for job in jobs])
+        return jobs
+
+    def ask(id: str, key: str = "k", rows: int = 1, steps: int = 9):
+        return queue.submit(Job(id, id[0], run if key == "k" else lambda _: id, 60, Share(key, id, rows, 4, steps=steps)))
+
+    futures = [ask("first")]
+    assert started.wait(5)
+    futures += [ask("a1"), ask("b1", rows=2), ask("c1", key="other"), ask("d1", steps=4), ask("e1", steps=3)]
+    going.set()
+    assert [f.exception(5) and type(f.exception(5)) for f in futures] == [None, None, ZeroDivisionError, None, None, None]
+    assert joined[:2] == [["a1", "b1"], ["e1"]]
+    assert queue.status().running == 0
+
+
 def test_a_batch_that_fails_tells_every_caller(queue: DeviceQueue) -> None:
     blocker, batches = Blocker(queue), []
     futures = [sharing(queue, batches, name, work=lambda jobs: 1 / 0) for name in ("a1", "b1")]
