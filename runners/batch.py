@@ -63,7 +63,8 @@ class Batch:
         assert first.share is not None
         self._begin(first, load=1000 * (time.perf_counter() - self.began))
         while self.runs.running:
-            for job in self.queue.join(first.share.key, self._at_once, self.runs.pictures, max(self.left.values())):
+            # Others join as many as it is worth; the pictures of one request are drawn together as far as they fit.
+            for job in self.queue.join(first.share.key, self.runs.pace.worth(self._fitting), self.runs.pictures, max(self.left.values())):
                 self._begin(job)
             if self.before_step:
                 self.before_step()
@@ -75,16 +76,11 @@ class Batch:
         """How many pictures fit the memory at once."""
         return min(self.most, self.runs.most_pictures or self.most)
 
-    @property
-    def _at_once(self) -> int:
-        """How many pictures to draw at once: as many as fit, and are worth it."""
-        return self.runs.pace.worth(self._fitting)
-
     def _begin(self, job: Job[Generation], load: float = 0) -> None:
         assert job.share is not None
         plan: Plan = job.share.work
         plan = plan.model_copy(update={"notes": [*plan.notes, *self.notes]})
-        at_once = min(plan.rows, self._at_once)
+        at_once = min(plan.rows, self._fitting)
         timing = Timing(queue=1000 * ((job.started or job.submitted) - job.submitted), load=load)
         steps, done = plan.steps * math.ceil(plan.rows / at_once), itertools.count(1)
 
