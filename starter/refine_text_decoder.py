@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
 from pathlib import Path
 
 import data
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler
-from diffusers.pipelines.deprecated.unidiffuser import UniDiffuserModel, UniDiffuserTextDecoder
-from torch import Tensor, nn
+from diffusers.pipelines.deprecated.unidiffuser import UniDiffuserModel
+from torch import Tensor
 from train_clip import HERE, TEXT_TOKENS
 from train_diffusion import prompt_for
-from train_text_decoder import LONGEST, save, written
+from train_text_decoder import loss_of, save, train, written
 from train_unidiffuser import STEPS, Frozen
-from transformers import GPT2Tokenizer
 
 
 @torch.no_grad()
@@ -44,17 +41,6 @@ def sampled(unet: UniDiffuserModel, scheduler: DPMSolverMultistepScheduler, late
             y = scheduler.step(guidance * seen + (1 - guidance) * blind, t, y).prev_sample
         made.append(y)
     return torch.cat(made)
-
-
-def loss_of(decoder: UniDiffuserTextDecoder, tokenizer: GPT2Tokenizer, narrowed: Tensor, texts: list[str]) -> Tensor:
-    """Cross entropy of the texts' tokens, read from narrow states."""
-    ids = [[*tokenizer(text).input_ids[: LONGEST - 1], tokenizer.eos_token_id] for text in texts]
-    length = max(map(len, ids))
-    labels = torch.tensor([row + [-100] * (length - len(row)) for row in ids])
-    with torch.autocast("cpu", torch.bfloat16):
-        embedded = decoder.transformer.transformer.wte(labels[:, :-1].clamp(min=0))
-        logits = decoder.transformer(inputs_embeds=torch.cat([decoder.decode_prefix(narrowed), embedded], 1)).logits
-    return F.cross_entropy(logits[:, TEXT_TOKENS - 1 :].float().flatten(0, 1), labels.flatten())
 
 
 def main() -> None:
@@ -83,14 +69,10 @@ def main() -> None:
     samples = torch.load(args.samples, weights_only=True)  # (1 + views, N, TEXT_TOKENS, NARROW)
     print(f"{samples.shape[0]} samples of each of {samples.shape[1]} pictures", flush=True)
 
-    decoder.encode_prefix.requires_grad_(False)
-    decoder.transformer.set_attn_implementation("eager")
-    optimizer = torch.optim.AdamW([p for p in decoder.parameters() if p.requires_grad], args.rate, (0.9, 0.98), weight_decay=0.01)
-    started = shown = time.process_time()
-    step, losses = 0, []
-    while (used := (time.process_time() - started) / (60 * args.minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * min(1, (step + 1) / 50) * max(0.01, 1 - used)
+    def rate(step: int, used: float) -> float:
+        return args.rate * min(1, (step + 1) / 50) * max(0.01, 1 - used)
+
+    def loss() -> Tensor:
         places = rng.sample(range(len(emoji)), args.batch)
         read = args.batch * 3 // 4  # the rest is texts as the encoder gives them, so that they stay readable
         views = torch.randint(len(samples), (read,))
@@ -98,17 +80,9 @@ def main() -> None:
         given = [prompt_for(emoji[i], rng) or emoji[i].name for i in places[read:]]
         narrowed = torch.cat([seen, frozen.texts(given)])
         narrowed = narrowed + 0.3 * torch.rand(len(narrowed), 1, 1) * torch.randn_like(narrowed)
-        loss = loss_of(decoder, tokenizer, narrowed, [emoji[i].name for i in places[:read]] + given)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        losses.append(loss.item())
-        if time.process_time() - shown > 60:
-            print(f"step {step} loss {np.mean(losses):.4f} {time.process_time() - started:.0f} s", flush=True)
-            shown, losses = time.process_time(), []
+        return loss_of(decoder, tokenizer, narrowed, [emoji[i].name for i in places[:read]] + given)
 
+    train(decoder, args.minutes, rate, loss)
     save(args.out, decoder)
     decoder.eval()
     some = [e.name for e in emoji[::32]]

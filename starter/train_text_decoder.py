@@ -19,6 +19,7 @@ import copy
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import data
@@ -99,6 +100,40 @@ def written(decoder: UniDiffuserTextDecoder, tokenizer: GPT2Tokenizer, narrowed:
     return texts
 
 
+def loss_of(decoder: UniDiffuserTextDecoder, tokenizer: GPT2Tokenizer, narrowed: Tensor, texts: list[str]) -> Tensor:
+    """Cross entropy of the texts' tokens, read from narrow states."""
+    ids = [[*tokenizer(text).input_ids[: LONGEST - 1], tokenizer.eos_token_id] for text in texts]
+    length = max(map(len, ids))
+    labels = torch.tensor([row + [-100] * (length - len(row)) for row in ids])
+    with torch.autocast("cpu", torch.bfloat16):
+        embedded = decoder.transformer.transformer.wte(labels[:, :-1].clamp(min=0))
+        logits = decoder.transformer(inputs_embeds=torch.cat([decoder.decode_prefix(narrowed), embedded], 1)).logits
+    return F.cross_entropy(logits[:, TEXT_TOKENS - 1 :].float().flatten(0, 1), labels.flatten())
+
+
+def train(decoder: UniDiffuserTextDecoder, minutes: float, rate: Callable[[int, float], float], loss: Callable[[], Tensor]) -> None:
+    """Train all but the narrow layer for so many minutes of CPU time; `rate` has the learning rate by the step
+    and the share of the time that is used."""
+    decoder.encode_prefix.requires_grad_(False)
+    decoder.transformer.set_attn_implementation("eager")
+    optimizer = torch.optim.AdamW([p for p in decoder.parameters() if p.requires_grad], rate(0, 0), (0.9, 0.98), weight_decay=0.01)
+    started = shown = time.process_time()
+    step, losses = 0, []
+    while (used := (time.process_time() - started) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, used)
+        made = loss()
+        optimizer.zero_grad(set_to_none=True)
+        made.backward()
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        losses.append(made.item())
+        if time.process_time() - shown > 60:
+            print(f"step {step} loss {np.mean(losses):.4f} {time.process_time() - started:.0f} s", flush=True)
+            shown, losses = time.process_time(), []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=6, help="of CPU time, so that a busy machine changes nothing")
@@ -126,37 +161,20 @@ def main() -> None:
         plain_loading(args.out / "text_encoder")
         tokenizer.save_pretrained(args.out / "text_tokenizer")
         save(args.out, decoder)
-    decoder.encode_prefix.requires_grad_(False)
-    decoder.transformer.set_attn_implementation("eager")
     print(f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
 
-    optimizer = torch.optim.AdamW([p for p in decoder.parameters() if p.requires_grad], args.rate, (0.9, 0.98), weight_decay=0.01)
-    started = shown = time.process_time()
-    step, losses = 0, []
-    while (used := (time.process_time() - started) / (60 * args.minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * min(1, (step + 1) / 100) * max(0.01, math.cos(used * math.pi / 2))
+    def rate(step: int, used: float) -> float:
+        return args.rate * min(1, (step + 1) / 100) * max(0.01, math.cos(used * math.pi / 2))
+
+    def loss() -> Tensor:
         texts = [e.name if rng.random() < 0.6 else prompt_for(e, rng) for e in rng.sample(emoji, args.batch)]
-        ids = [[*tokenizer(text).input_ids[: LONGEST - 1], tokenizer.eos_token_id] for text in texts]
-        length = max(map(len, ids))
-        labels = torch.tensor([row + [-100] * (length - len(row)) for row in ids])
         wide = states(encoder, tokens(clip_tokenizer, texts))
         with torch.autocast("cpu", torch.bfloat16):
             narrowed = decoder.encode(wide)
             narrowed = narrowed + 0.6 * torch.rand(len(texts), 1, 1) * torch.randn_like(narrowed)
-            embedded = decoder.transformer.transformer.wte(labels[:, :-1].clamp(min=0))
-            logits = decoder.transformer(inputs_embeds=torch.cat([decoder.decode_prefix(narrowed), embedded], 1)).logits
-        loss = F.cross_entropy(logits[:, TEXT_TOKENS - 1 :].float().flatten(0, 1), labels.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        losses.append(loss.item())
-        if time.process_time() - shown > 60:
-            print(f"step {step} loss {np.mean(losses):.4f} {time.process_time() - started:.0f} s", flush=True)
-            shown, losses = time.process_time(), []
+        return loss_of(decoder, tokenizer, narrowed, texts)
 
+    train(decoder, args.minutes, rate, loss)
     save(args.out, decoder)
     decoder.eval()
     some = [e.name for e in emoji[::32]]
