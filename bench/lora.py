@@ -35,6 +35,7 @@ from core.generation import Timing
 from core.plans import PlannedLora
 from core.requests import GenerationRequest
 from runners import denoise, loading
+from runners.guides import Guided
 from runners.residency import Residency
 from tests import lora_files
 
@@ -109,7 +110,7 @@ def measure_switching(paths: list[str], steps: int, switches: int) -> dict[str, 
         for i in range(switches):
             timed("switch", home.adapt, resident, [loras[i % 2]])
         timing = Timing()
-        denoise.generate(resident, [plan], home.adapt(resident, plan.loras), lambda: None, 1, [timing])
+        denoise.generate(resident, [plan], home.adapt(resident, plan.loras), Guided(), lambda **_: None, 1, [timing])
         taken["step"].append(timing.denoise / steps)
     home.unload(None)
     return taken
