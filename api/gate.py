@@ -183,7 +183,7 @@ class _Answer:
         if self._started:  # too late for a status; the connection ends without its last chunk
             return
         self._error = None
-        extra = [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in error.headers.items() if k not in self.extra]
+        extra = [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in error.headers.items()]
         await self._whole(errors.status(self._path, error), errors.media_type(self._path), errors.body(self._path, error), extra)
 
     async def json(self, status: int, content: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from api import usage
 from core import settings
-from core.auth import Keys, NoKeys
+from core.auth import admins
 from core.quotas import Quotas
 
 
@@ -14,8 +14,4 @@ from core.quotas import Quotas
 def of_process() -> Quotas:
     """The counters of all keys, in this process."""
     configured = settings.load()
-    try:
-        admins = Keys(configured, settings.secrets()).admins
-    except NoKeys:  # a process that serves nobody: service.py refuses to start without keys
-        admins = set()
-    return Quotas(configured.quotas, admins, usage.made_today)
+    return Quotas(configured.quotas, admins(configured, settings.secrets()), usage.made_today)

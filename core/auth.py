@@ -11,6 +11,8 @@ import hmac
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import SecretStr
+
 from core.settings import Secrets, Settings
 
 Role = Literal["user", "admin"]
@@ -25,6 +27,11 @@ class Caller:
 
 
 ANYONE = Caller("anyone", "admin")
+
+
+def admins(settings: Settings, secrets: Secrets) -> set[str]:
+    """The ids of the admin keys; anyone is one where keys are off."""
+    return {ANYONE.id} if settings.auth.mode == "off" else {_identity(key) for key in _separate(secrets.admin_api_key)}
 
 
 class NoKeys(RuntimeError):
@@ -42,19 +49,13 @@ class Keys:
         self.off = settings.auth.mode == "off"
         self._keys: list[tuple[bytes, Caller]] = []
         for role, secret in (("admin", secrets.admin_api_key), ("user", secrets.api_key)):
-            for key in filter(None, (k.strip() for k in secret.get_secret_value().split(","))):
-                digest = hashlib.sha256(key.encode()).hexdigest()
-                self._keys.append((key.encode(), Caller(digest[:12], "admin" if role == "admin" else "user")))
+            for key in _separate(secret):
+                self._keys.append((key.encode(), Caller(_identity(key), "admin" if role == "admin" else "user")))
         if not self._keys and not self.off:
             raise NoKeys(
                 "No API key is configured. Set API_KEY and ADMIN_API_KEY in the environment or in .env "
                 "(`make keys` writes random ones), or set auth.mode: off to serve this machine alone."
             )
-
-    @property
-    def admins(self) -> set[str]:
-        """The ids of the admin keys; anyone is one where there are no keys."""
-        return {ANYONE.id} if self.off else {caller.id for _, caller in self._keys if caller.role == "admin"}
 
     def caller(self, headers: dict[str, str]) -> Caller | None:
         """Who the headers (lower-case names) prove to be; None for nobody. Takes the same time for
@@ -70,3 +71,13 @@ class Keys:
             if hmac.compare_digest(key, given.encode("utf-8", "surrogateescape")) and found is None:
                 found = caller
         return found
+
+
+def _separate(secret: SecretStr) -> list[str]:
+    """The keys of a setting that may hold several."""
+    return [key for part in secret.get_secret_value().split(",") if (key := part.strip())]
+
+
+def _identity(key: str) -> str:
+    """What a key is known by elsewhere."""
+    return hashlib.sha256(key.encode()).hexdigest()[:12]

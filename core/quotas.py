@@ -101,12 +101,12 @@ class Quotas:
 
     async def _check_pictures(self, client: str, amount: int, count: int) -> None:
         now = datetime.now(UTC)
-        item, day = RateLimitItemPerDay(amount), now.date().isoformat()
+        item, day = RateLimitItemPerDay(amount), _day(now)
         try:
             if self.settings.storage == "memory://" and (client, day) not in self._seeded:
                 self._seeded.add((client, day))
                 if made := self._made_today(client):
-                    await self._pictures.storage.incr(item.key_for("pictures", client, day), item.get_expiry(), made)
+                    await self._add_pictures(item, client, day, made)
             left = (await self._pictures.get_window_stats(item, "pictures", client, day)).remaining
         except Exception:
             log.exception("the store of the quotas does not answer; the request passes")
@@ -118,11 +118,18 @@ class Quotas:
             raise _exceeded("picture-quota", detail, math.ceil((midnight - now).total_seconds()))
 
     async def _count_pictures(self, client: str, amount: int, count: int) -> None:
-        item = RateLimitItemPerDay(amount)
         try:
-            await self._pictures.storage.incr(item.key_for("pictures", client, datetime.now(UTC).date().isoformat()), item.get_expiry(), count)
+            await self._add_pictures(RateLimitItemPerDay(amount), client, _day(datetime.now(UTC)), count)
         except Exception:
             log.exception("the store of the quotas does not answer; %d pictures are not counted", count)
+
+    async def _add_pictures(self, item: RateLimitItemPerDay, client: str, day: str, count: int) -> None:
+        await self._pictures.storage.incr(item.key_for("pictures", client, day), item.get_expiry(), count)
+
+
+def _day(now: datetime) -> str:
+    """The calendar day that pictures are counted for: a window of the library's own begins with its first picture."""
+    return now.date().isoformat()
 
 
 def _exceeded(slug: str, detail: str, wait_s: int, headers: dict[str, str] | None = None) -> Problem:
