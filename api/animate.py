@@ -12,7 +12,7 @@ import bentoml
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from api import answering, backend, reading, usage
+from api import answering, drawing, reading
 from api.seed import documented
 from core import animation, metadata, settings
 from core.animation import AnimationFormat, AnimationRequest
@@ -59,9 +59,7 @@ async def animate(request: Request) -> Response:
 
 async def _generation(catalogue: Catalogue, wanted: AnimationRequest, client: str, request: Request | None) -> Generation:
     plan = await asyncio.to_thread(animation.plan, catalogue, wanted, client)
-    generation = await backend.generate(plan, request)
-    await usage.record(plan, generation)
-    return generation
+    return await drawing.drawn(plan, request)
 
 
 def _file(generation: Generation, wanted: AnimationRequest, format: AnimationFormat, embed: bool) -> bytes:

@@ -1,4 +1,4 @@
-"""The middle of every contract for pictures: a checked request, planned and drawn, and put down in the usage log."""
+"""The middle of every contract: a checked request is planned, done by its runner, and put down in the usage log."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from fastapi import Request
 
 from api import backend, usage
+from api.backend import Service
 from core.catalogue import Catalogue
 from core.generation import Generation
 from core.plans import Inputs, Plan
@@ -31,8 +32,8 @@ async def planned(wanted: GenerationRequest, inputs: Inputs | None, request: Req
         raise renamed(problem, names or {}) from None
 
 
-async def drawn(plan: Plan, request: Request) -> Generation:
-    """The pictures of a plan, as long as the client waits for them; raises as `backend.generate`."""
-    generation = await backend.generate(plan, request)
+async def drawn(plan: Plan, request: Request | None, service: Service = "StableDiffusion") -> Generation:
+    """What comes of a plan, as long as the client waits for it; takes and raises what `backend.generate` does."""
+    generation = await backend.generate(plan, request, service)
     await usage.record(plan, generation)
     return generation

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from api import answering, backend, embedding, reading, usage
+from api import answering, drawing, embedding, reading
 from api.answering import GenerationResponse
 from api.embedding import EmbedResponse
 from api.seed import PICTURES, documented
@@ -258,9 +258,7 @@ def catalogue() -> Catalogue:
 async def _run(task: Task, wanted: Sampling | EmbedRequest, pictures: list[Pixels], request: Request | None = None) -> Generation:
     client = request.state.caller.id if request else "in-process"
     plan = multimodal.plan(catalogue(), task, wanted, pictures, client)
-    generation = await backend.generate(plan, request, "UniDiffuser")
-    await usage.record(plan, generation)
-    return generation
+    return await drawing.drawn(plan, request, "UniDiffuser")
 
 
 async def _pictures(generation: Generation, wanted: PromptToImageRequest | PicturesRequest) -> GenerationResponse:

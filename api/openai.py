@@ -38,6 +38,7 @@ _PARTS = {"image": 1, "image[]": 1, "mask": 1}
 _FILE = {"type": "string", "format": "binary"}
 Quality = Literal["low", "medium", "high"]
 _QUALITIES: dict[str, Quality] = {"standard": "medium", "medium": "medium", "auto": "medium", "low": "low", "high": "high", "hd": "high"}
+_STARTED = int(time.time())
 _STEPS: dict[Quality, float] = {"low": 0.5, "medium": 1, "high": 1.5}  # times the model's own
 
 
@@ -265,6 +266,3 @@ def _listed(entry: Entry) -> ListedModel:
 def _limits(request: Request) -> Limits:
     settings: Settings = request.app.state.settings
     return settings.limits
-
-
-_STARTED = int(time.time())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from api import answering, backend, reading, usage
-from core.catalogue import Catalogue
+from api import answering, drawing, reading
 from core.requests import GenerationRequest
 from core.settings import Settings
 
@@ -46,11 +44,8 @@ PICTURES: dict[int | str, dict[str, Any]] = {
 async def post_config(request: Request) -> Response:
     """Draw pictures from a prompt, and from an input image where one is sent, of which `mask` says what to repaint."""
     settings: Settings = request.app.state.settings
-    catalogue: Catalogue = request.app.state.catalogue
     wanted, inputs = await reading.read(request, settings.limits)
     accept = request.headers.get("accept", "*/*")
     answering.choose(accept, wanted)  # an answer that cannot be had is refused before the work
-    plan = await asyncio.to_thread(catalogue.plan, wanted, inputs, request.state.caller.id)
-    generation = await backend.generate(plan, request)
-    await usage.record(plan, generation)
+    generation = await drawing.drawn(await drawing.planned(wanted, inputs, request), request)
     return await answering.answer(generation, wanted, accept, settings.metadata.embed)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import bentoml
 from fastapi import APIRouter, Request
 
-from api import answering, backend, loras, reading, usage
+from api import answering, drawing, loras, reading
 from api.answering import GenerationResponse
 from core import images, settings
 from core.catalogue import Catalogue
@@ -127,6 +127,4 @@ async def _draw(wanted: GenerationRequest, inputs: Inputs | None, request: Reque
     client = request.state.caller.id if request else "in-process"
     catalogue: Catalogue = request.app.state.catalogue if request else Catalogue(configured)
     plan = await asyncio.to_thread(catalogue.plan, wanted, inputs, client)
-    generation = await backend.generate(plan, request)
-    await usage.record(plan, generation)
-    return await answering.as_json(generation, wanted, configured.metadata.embed)
+    return await answering.as_json(await drawing.drawn(plan, request), wanted, configured.metadata.embed)

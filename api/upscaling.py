@@ -14,7 +14,7 @@ import PIL.Image
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from api import answering, backend, reading, usage
+from api import answering, drawing, reading
 from api.seed import PICTURES, documented
 from core import images, settings, upscaling
 from core.catalogue import Catalogue
@@ -59,6 +59,4 @@ class UpscaleApi:
 
 async def _enlarge(catalogue: Catalogue, wanted: UpscaleRequest, image: Pixels, request: Request | None) -> Generation:
     plan = upscaling.plan(catalogue, wanted, image, request.state.caller.id if request else "in-process")
-    generation = await backend.generate(plan, request)
-    await usage.record(plan, generation)
-    return generation
+    return await drawing.drawn(plan, request)
