@@ -6,12 +6,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from typing import Any
 
 import bentoml
+from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.resource import system_resources
 from pydantic_settings import SettingsError
+from simple_di.providers import SingletonFactory
 from yaml import YAMLError
 
 from api import animate, app, backend, gate, multimodal, quotas, typed, upscaling
@@ -22,6 +27,13 @@ from core.model_settings import Models, Queue
 from core.placement import Place, gpus_seen, places, share
 from core.settings import Settings
 from runners.diffusion import DiffusionRunner
+
+
+def metrics_folder() -> str:
+    """Where this server's processes share their counts. BentoML's own folder is one for all servers of a user, and each clears it."""
+    folder = tempfile.mkdtemp(prefix="easel-metrics-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def place(settings: Settings) -> tuple[list[Place], list[Place]]:
@@ -40,11 +52,13 @@ try:
 except (NoKeys, FileNotFoundError, ValueError, SettingsError, YAMLError) as error:
     raise SystemExit(f"Easel cannot start. {error}") from None
 http = app.build(configured)
+BentoMLContainer.prometheus_multiproc_dir.set(SingletonFactory(metrics_folder))
 draining = Draining(configured.server.grace_s, linger_s=1.0)
 common: dict[str, Any] = {
     "workers": 1,  # of each of our services: see core.placement
     "http": {"host": configured.server.host, "port": configured.server.port},
     "runner_probe": {"enabled": False},
+    "metrics": {"enabled": False},  # ours: see api.metrics
     # BentoML closes the entry's connections to a runner after 100 calls or 5 minutes, those in use too.
     "runner_connection": {"max_requests": 2**31, "max_age": 1e9},
 }

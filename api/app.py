@@ -19,6 +19,7 @@ from api import (
     links,
     llm,
     loras,
+    metrics,
     models,
     multimodal,
     openai,
@@ -29,6 +30,7 @@ from api import (
     usage,
 )
 from core import __version__
+from core import metrics as count
 from core.catalogue import Catalogue
 from core.problems import FieldError, Problem, ProblemDetails, invalid, problem, shown
 from core.settings import Settings
@@ -69,14 +71,17 @@ def build(settings: Settings) -> FastAPI:
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
-    for contract in (seed, openai, links, preprocess, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage):
+    contracts = (seed, openai, links, preprocess, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage, metrics)
+    for contract in contracts:
         app.include_router(contract.router)
+    app.state.routes = [route for contract in contracts for route in contract.router.routes]
     return app
 
 
 async def _problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem)
     path = request.url.path
+    count.problem(error)
     return Response(errors.body(path, error), errors.status(path, error), error.headers, errors.media_type(path))
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import time
 import uuid
 from typing import Any, get_args
 
 from bentoml._internal.context import server_context
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import backend, errors, links
-from core import problems
+from core import metrics, problems
 from core.auth import Caller, Keys
 from core.draining import Draining
 from core.plans import Task
@@ -35,6 +37,8 @@ FORM_BYTES = 1024 * 1024  # what a form may have beside its file
 # document, which knows less than ours.
 TYPED = ("/txt2img", "/img2img", "/inpaint", "/outpaint", "/upscale", "/animate", "/add_lora", "/remove_lora", "/list_loras", *(f"/{task}" for task in get_args(Task)))
 DIRECT = {**{path: path for path in TYPED}, "/docs.json": "/openapi.json"}
+_OWN = ("/livez", "/healthz", "/readyz", "/docs", "/openapi.json")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class Gate:
@@ -45,7 +49,7 @@ class Gate:
         http: the contracts' application, which answers the `DIRECT` paths before BentoML parses them.
     """
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, keys: Keys, quotas: Quotas, http: ASGIApp, draining: Draining) -> None:
+    def __init__(self, app: ASGIApp, *, settings: Settings, keys: Keys, quotas: Quotas, http: FastAPI, draining: Draining) -> None:
         self.app, self.http, self.settings, self.keys, self.quotas, self.draining = app, http, settings, keys, quotas, draining
         self._met: set[str] = set()
         self.public = {"/metrics"} if settings.auth.public_metrics else set()
@@ -58,6 +62,7 @@ class Gate:
             return
         request_id = uuid.uuid4().hex
         answer = _Answer(send, request_id, scope["path"])
+        began = time.perf_counter()
         try:
             await self._serve(scope, receive, answer)
         except Problem as error:
@@ -65,6 +70,16 @@ class Gate:
         except Exception:
             log.exception("request %s failed", request_id)
             await answer.problem(problem(500, "internal", "Internal error", f"The server failed; its log has request {request_id}."))
+        finally:
+            route, service = self._route(scope["path"]), metrics.here()
+            metrics.REQUESTS.labels(service, route, scope["method"] if scope["method"] in _METHODS else metrics.OTHER, answer.status).inc()
+            metrics.REQUEST_SECONDS.labels(service, route).observe(time.perf_counter() - began)
+
+    def _route(self, path: str) -> str:
+        """A path as the OpenAPI document has it, or "other": what callers make up is no label."""
+        if path in _OWN or path in DIRECT:
+            return path
+        return next((r.path_format for r in self.http.state.routes if r.path_regex.match(path)), metrics.OTHER)
 
     async def _serve(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         path: str = scope["path"]
@@ -158,6 +173,7 @@ class _Answer:
     def __init__(self, send: Send, request_id: str, path: str) -> None:
         self._send, self._id, self._path = send, request_id, path
         self._started = False
+        self.status = 499  # unless one is sent: the client was gone
         self._error: tuple[int, dict[str, str]] | None = None
         self.extra: dict[str, str] = {}
 
@@ -167,7 +183,7 @@ class _Answer:
             if message["status"] >= 400 and not headers.get("content-type", "").startswith(errors.media_type(self._path)):
                 self._error = (message["status"], {k: v for k, v in headers.items() if k in ("allow", "retry-after", "www-authenticate")})
                 return
-            self._started = True
+            self._started, self.status = True, message["status"]
             message = {**message, "headers": [*message["headers"], (b"x-request-id", self._id.encode()), (b"x-content-type-options", b"nosniff"), *((k.lower().encode(), v.encode()) for k, v in self.extra.items())]}
         elif self._error is not None:
             return
@@ -183,6 +199,7 @@ class _Answer:
         if self._started:  # too late for a status; the connection ends without its last chunk
             return
         self._error = None
+        metrics.problem(error)
         extra = [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in error.headers.items()]
         await self._whole(errors.status(self._path, error), errors.media_type(self._path), errors.body(self._path, error), extra)
 

@@ -46,6 +46,7 @@ def generate(resident: Resident, motion: Motion, plan: Plan, loras: list[Applied
     began = time.perf_counter()
     embedded = prompts.embed(pipe, resident.entry.model.family, plan)
     steps = denoise.Steps(check)
+    steps.rows = asked.num_frames
     latents = pipe(
         **embedded.arguments,
         num_frames=asked.num_frames,

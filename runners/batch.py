@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from core import metrics
 from core.generation import AppliedLora, Generation, Timing
 from core.plans import Plan
 from core.status import Progress
@@ -82,10 +83,12 @@ class Batch:
         plan = plan.model_copy(update={"notes": [*plan.notes, *self.notes]})
         at_once = min(plan.rows, self._fitting)
         timing = Timing(queue=1000 * ((job.started or job.submitted) - job.submitted), load=load)
+        model = metrics.model(self.resident.entry)
         steps, done = plan.steps * math.ceil(plan.rows / at_once), itertools.count(1)
 
-        def check(stepped: bool = False) -> None:
+        def check(stepped: int = 0) -> None:
             if stepped:
+                metrics.STEPS.labels(metrics.here(), model).inc()
                 job.progress = Progress(model_id=plan.model_id, steps_done=next(done), steps=steps)
                 self.left[job.id] -= 1
             job.check()

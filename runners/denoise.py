@@ -36,20 +36,20 @@ from runners.loading import Kind
 from runners.prompts import Embedded
 from runners.residency import Resident
 
-Check = Callable[..., None]  # `check(stepped=True)` after a denoising step
+Check = Callable[..., None]  # `check(stepped=rows)` after a denoising step of so many pictures
 
 
 class Steps:
     """A pipeline's callback: counts the denoising steps that were run, knows when the last one ended
-    (of `time.perf_counter`), and checks whether to go on."""
+    (of `time.perf_counter`), and checks whether to go on. `rows`: how many pictures they are of."""
 
     def __init__(self, check: Check) -> None:
-        self._check, self.run, self.last = check, 0, time.perf_counter()
+        self._check, self.run, self.last, self.rows = check, 0, time.perf_counter(), 1
 
     def __call__(self, *told: Any) -> Any:
         self.run += 1
         self.last = time.perf_counter()
-        self._check(stepped=True)
+        self._check(stepped=self.rows)
         return told[-1]  # the tensors, which a callback may exchange
 
 
@@ -92,7 +92,7 @@ def generate(
     pictures: list[list[Pixels]] = [[] for _ in plans]
     for batch in _batches(embedded, max_batch):
         check()
-        steps.run = 0
+        steps.run, steps.rows = 0, len(batch)
         generators = [torch.Generator("cpu").manual_seed(plans[i].seeds[k]) for i, k in batch]
         _seed(pipe, generators)
         stacked, second = _stacked([embedded[i][k].arguments for i, k in batch]), plans[0].hires

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from core import problems
+from core import metrics, problems
 from core.catalogue import Catalogue
 from core.families import FAMILIES, Entry
 from core.generation import Generation, Timing
@@ -139,8 +139,10 @@ class Device:
         done = itertools.count(1)
         expected = None if plan.upscale else plan.steps * multimodal.passes(plan) * math.ceil(sum(p.rows for p in plans) / way.rows)
 
-        def check(stepped: bool = False) -> None:
+        def check(stepped: int = 0) -> None:
             if stepped:
+                metrics.STEPS.labels(metrics.here(), metrics.model(entry)).inc(len(jobs))
+                metrics.BATCH_ROWS.labels(metrics.here()).observe(stepped)
                 jobs[0].progress = Progress(model_id=entry.id, steps_done=next(done), steps=expected)
             if self._cores:
                 self._cores.divide()
@@ -177,6 +179,7 @@ class Device:
                     if not memory.out_of_memory(error):
                         raise
                 # Out here, since the error has held on to the tensors of the pass that failed.
+                metrics.OUT_OF_MEMORY.labels(metrics.here()).inc()
                 log.warning("%dx%d with %s ran out of memory, %s", plan.width, plan.height, entry.id, attempt)
                 memory.release_memory(self.torch_device)
             raise memory.exhausted(request, self.torch_device, self.residency.budget, self._may_offload)
@@ -192,6 +195,8 @@ class Device:
             if first.future.done() or not memory.out_of_memory(error):
                 raise
             short = [first]
+        if short:
+            metrics.OUT_OF_MEMORY.labels(metrics.here()).inc()
         for job in short:
             assert job.share is not None
             memory.release_memory(self.torch_device)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import bentoml
 
-from core import problems, upscaling
+from core import metrics, problems, upscaling
 from core.catalogue import Catalogue
 from core.draining import Draining
 from core.generation import Generation
@@ -51,6 +51,7 @@ class DiffusionRunner:
     async def begin(self) -> None:
         """Heed signals, and begin warming up; readiness waits for it."""
         self.draining.install()
+        metrics.begin()
         self._warming = [asyncio.create_task(self._warm(model_id)) for model_id in sorted(self._cold)]
 
     @bentoml.on_shutdown
@@ -63,7 +64,9 @@ class DiffusionRunner:
         self.draining.in_hand += 1
         try:
             paths = await self._prepared(plan)
-            return await asyncio.wrap_future(self.device.submit(plan, paths[plan.model_id], paths))
+            generation = await asyncio.wrap_future(self.device.submit(plan, paths[plan.model_id], paths))
+            metrics.done(generation, metrics.model(self.catalogue.find(plan.model_id)))
+            return generation
         except problems.Problem as problem:
             return Generation(problem=problem.details)
         except TimeoutError:
@@ -92,7 +95,7 @@ class DiffusionRunner:
     async def status(self) -> RunnerStatus:
         """How this runner is."""
         residency = self.device.residency
-        return RunnerStatus(
+        status = RunnerStatus(
             service=self.name,
             ready=not self._cold and not self.draining.active,
             draining=self.draining.active,
@@ -102,6 +105,8 @@ class DiffusionRunner:
             models=residency.snapshot(list(self.catalogue.entries.values())),
             queue=self.device.queue.status(),
         )
+        metrics.show(status, set(self.catalogue.entries))
+        return status
 
     async def _prepared(self, plan: Plan) -> dict[str, Path]:
         """The local paths of a plan's models, by id; its ControlNets and IP-Adapter are local too.

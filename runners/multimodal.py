@@ -108,7 +108,7 @@ class _Sampling:
         pipe = self._resident.base
         pipe.scheduler, named = denoise.make_scheduler(self._resident, self._plan.scheduler)
         self.scheduler, self.schedule = named.sampler, named.schedule
-        pipe.mode, pipe.check = mode, self._check
+        pipe.mode, pipe.check, self.steps.rows = mode, self._check, len(rows)
         generators = [row.generator for row in rows]
         if mode == "text2img":
             inputs: dict[str, Any] = {"prompt": [row.prompt for row in rows]}

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
-from core import problems
+from core import metrics, problems
 from core.status import Progress, QueueStatus
 
 log = logging.getLogger("easel.queue")
@@ -268,6 +268,7 @@ class DeviceQueue:
     def _begun(self, job: Job[Any]) -> bool:
         """Tell a job that it runs now; False where its caller has given up meanwhile."""
         job.started = time.monotonic()
+        metrics.WAIT_SECONDS.labels(metrics.here()).observe(job.started - job.submitted)
         if job.future.set_running_or_notify_cancel():
             return True
         with self._changed:

@@ -20,6 +20,7 @@ import psutil
 import torch
 from diffusers import DiffusionPipeline
 
+from core import metrics
 from core.families import Entry
 from core.generation import AppliedLora
 from core.model_settings import Models, MotionAdapter
@@ -129,12 +130,14 @@ class Residency:
         except Exception as error:
             problem = loading.explain(entry, error)
             self.note(entry.id, "failed", problem.details.detail)
+            metrics.LOAD_FAILURES.labels(metrics.here(), metrics.model(entry), metrics.kind(problem.details.type)).inc()
             memory.release_memory(self.device)
             raise problem from error
         with self._lock:
             self._residents[key] = resident
             self._states.pop(entry.id, None)
         self._evict(room, keep)
+        metrics.LOAD_SECONDS.labels(metrics.here(), metrics.model(entry)).observe(resident.load_s)
         log.info("loaded %s as %s on %s: %.1f MiB in %.1f s", entry.id, dtype, self.device, resident.bytes / 2**20, resident.load_s)
         return resident
 
@@ -201,7 +204,7 @@ class Residency:
         """Unload one model in every precision, or all; the number unloaded."""
         keys = [key for key in self._residents if model_id in (None, key[0])]
         for key in keys:
-            self._unload(key, "asked to")
+            self._unload(key, "asked")
         return len(keys)
 
     def touch(self, resident: Resident) -> None:
@@ -256,14 +259,16 @@ class Residency:
             candidates = [k for k in self._residents if k not in keep]
             if not candidates:
                 return
-            self._unload(min(candidates, key=lambda k: self._residents[k].used), "making room")
+            self._unload(min(candidates, key=lambda k: self._residents[k].used), "evicted")
 
     def _unload(self, key: tuple[str, torch.dtype], why: str) -> None:
         with self._lock:
             resident = self._residents.pop(key)
+        began, model = time.monotonic(), metrics.model(resident.entry)
         log.info("unloading %s (%s): %.1f MiB", resident.entry.id, why, resident.bytes / 2**20)
         del resident
         memory.release_memory(self.device)
+        metrics.UNLOAD_SECONDS.labels(metrics.here(), model, why).observe(time.monotonic() - began)
 
 
 def _keys(resident: Resident | None) -> set[Key]:

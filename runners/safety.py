@@ -11,16 +11,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from prometheus_client import Counter
 from pydantic import BaseModel
 
-from core import problems, settings
+from core import metrics, problems, settings
 from core.generation import Generation
 from core.images import to_pil
 from core.plans import Pixels, Plan
@@ -63,7 +61,7 @@ class SafetyChecker:
         named = list(_pictures("image", plan))
         for (name, _), flagged in zip(named, self._look([pixels for _, pixels in named]), strict=True):
             if flagged:
-                counter().labels("input").inc()
+                metrics.FLAGGED.labels("input").inc()
                 field = name.removesuffix("s")  # a form's parts are named for one picture
                 details = problem(
                     422, "image-flagged", "Picture flagged", f"{field}: the safety checker flags this picture.",
@@ -80,7 +78,7 @@ class SafetyChecker:
         assert ran is not None
         began = time.perf_counter()
         flags = self._look(pictures)
-        counter().labels("output").inc(sum(flags))
+        metrics.FLAGGED.labels("output").inc(sum(flags))
         of = generation.seeds or list(range(len(pictures)))  # fewer than pictures where those are frames
         seeds = [of[i * len(of) // len(pictures)] for i, flagged in enumerate(flags) if flagged]
         done = "blurred" if self.settings.mode == "blur" else "blanked"
@@ -164,9 +162,3 @@ def _stable_diffusion(configured: settings.Safety, device: torch.device) -> Dete
 
 def _is_path(source: str) -> bool:
     return settings.beside_configuration(Path(source)).exists()
-
-
-@lru_cache(maxsize=1)
-def counter() -> Counter:
-    """Made on first use: before, BentoML has not told prometheus_client where processes share their counts."""
-    return Counter("easel_flagged_pictures_total", "Pictures flagged by the safety checker, sent in or drawn", ["where"])

@@ -19,6 +19,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from core import metrics
 from runners.memory import out_of_memory, release_memory
 from runners.pace import Pace
 
@@ -174,12 +175,15 @@ class Runs(Generic[T]):
         while True:
             try:
                 with self.pace.timed(pictures, self.device):
-                    return [*together(calls, self.most)]
+                    answers = together(calls, self.most)
+                metrics.BATCH_ROWS.labels(metrics.here()).observe(pictures)
+                return [*answers]
             except Exception as error:
                 failure: Exception = error
             rows = min(self.most or sum(call.rows for call in calls), sum(call.rows for call in calls))
             if out_of_memory(failure) and rows > 1:
                 self.most, self.most_pictures = rows // 2, max(1, pictures * (rows // 2) // sum(call.rows for call in calls))
+                metrics.OUT_OF_MEMORY.labels(metrics.here()).inc()
                 log.warning("a pass of %d rows ran out of memory; going on with %d at once", rows, self.most)
                 failure.__traceback__ = None  # it holds on to the tensors of the pass
                 release_memory(self.device)

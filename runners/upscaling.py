@@ -108,7 +108,7 @@ class _Diffusion:
         self._pipe.scheduler, named = denoise.make_scheduler(resident, None)
         self.sampler = f"{named.sampler} {named.schedule}" if named.schedule else named.sampler
         self._generator = torch.Generator("cpu").manual_seed(plan.seeds[0])
-        self._step = lambda *_: check(stepped=True)
+        self._step = lambda *_: check(stepped=1)
         if resident.entry.model.family == "sd_x4_upscaler":
             assert plan.upscale is not None
             embedded = prompts.embed(self._pipe, "sd2", plan)

@@ -53,8 +53,7 @@ def same(one: Image.Image, other: Image.Image) -> bool:
 def test_no_route_passes_the_checker_by(tmp_path: Path, miniatures: dict[str, Path]) -> None:
     safety = {"mode": "on", "categories": FLAGS, "blocklist": ["forbidden fruit"]}
     overrides = {"safety": safety, "models": {"cpu_threads": 1}, "unidiffuser": unidiffuser(miniatures)}
-    home = {"BENTOML_HOME": str(tmp_path / "bentoml")}  # a server that starts clears the metrics of all that share one
-    with serving(tmp_path, overrides, env=home) as server:
+    with serving(tmp_path, overrides) as server:
         # Drawn pictures: flagged ones are black, and it is said so in headers, metadata and JSON.
         answer = server.post("/post_config", params=APPLE)
         assert answer.headers["x-easel-flagged"] == "1"

@@ -1,0 +1,48 @@
+"""GET /metrics: the counts of all of a server's processes, for Prometheus.
+
+BentoML's own metrics are off (service.py): they have each path that anyone asks for as a label, without a key and without end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import psutil
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from starlette.responses import Response
+
+from api import backend
+from core import metrics
+from core.problems import Problem
+
+router = APIRouter(tags=["metrics"])
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}})
+async def prometheus() -> Response:
+    """Counts and gauges of this server ([what they are](docs/operations.md)); with a key, unless auth.public_metrics."""
+    # The workers set their gauges when they are asked how they are.
+    for name, status in (await backend.statuses()).items():
+        metrics.RUNNER_UP.labels(name).set(not isinstance(status, Problem))
+    return Response(await asyncio.to_thread(_collected), media_type=CONTENT_TYPE_LATEST)
+
+
+def _collected() -> bytes:
+    folder = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+    for pid in {int(file.stem.rpartition("_")[2]) for file in folder.glob("gauge_live*.db")}:
+        if not _lives(pid):
+            mark_process_dead(pid)  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
