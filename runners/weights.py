@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterable
@@ -25,28 +26,31 @@ def files(path: Path, variant: str | None) -> list[Path]:
     wanted variant ("fp16"), in its plain one where there is no such variant."""
     if path.is_file():
         return [path]
-    found = []
-    for folder in sorted({f.parent for f in path.glob("*/*.safetensors")}):
-        if folder.name not in _NOT_LOADED:
-            every = sorted(folder.glob("*.safetensors"))
-            wanted = [f for f in every if variant and f".{variant}" in f.name]
-            found += wanted or [f for f in every if f.name.count(".") == 1] or every
-    return found
+    with os.scandir(path) as entries:  # every request asks: a folder that has not changed is not listed again
+        folders = sorted((e.path, e.stat().st_mtime_ns) for e in entries if e.is_dir() and e.name not in _NOT_LOADED)
+    return [file for folder, modified in folders for file in _listed(Path(folder), variant, modified)]
+
+
+@lru_cache(maxsize=256)
+def _listed(folder: Path, variant: str | None, _modified: int) -> list[Path]:
+    """A component's files in the wanted variant."""
+    every = sorted(folder.glob("*.safetensors"))
+    wanted = [f for f in every if variant and f".{variant}" in f.name]
+    return wanted or [f for f in every if f.name.count(".") == 1] or every
 
 
 def numbers(path: Path, variant: str | None) -> dict[str, list[int]]:
     """How many numbers each tensor holds, by the files' headers and by component ("" for a single file)."""
     found: dict[str, list[int]] = {}
+    whole = path.is_file()
     for file in files(path, variant):
-        blob = file.resolve()
-        found.setdefault(file.parent.name if path.is_dir() else "", []).extend(_numbers(blob, blob.stat().st_mtime_ns))
+        found.setdefault("" if whole else file.parent.name, []).extend(_numbers(file, file.stat().st_mtime_ns))
     return found
 
 
 def total(files: Iterable[Path]) -> int:
     """How many numbers some files hold in all, by their headers; one that is not there holds none."""
-    blobs = [file.resolve() for file in files if file.is_file()]
-    return sum(sum(_numbers(blob, blob.stat().st_mtime_ns)) for blob in blobs)
+    return sum(sum(_numbers(file, file.stat().st_mtime_ns)) for file in files if file.is_file())
 
 
 @lru_cache(maxsize=256)

@@ -47,6 +47,13 @@ def test_a_file_that_changed_is_hashed_anew(folder: Path) -> None:
     assert weights.sha256(folder, None) == digest(file)[0] != before
 
 
+def test_a_file_that_is_added_is_read(folder: Path) -> None:
+    assert weights.numbers(folder, None) == {"unet": [300], "vae": [300]}
+    (folder / "text_encoder").mkdir()
+    save_file({"w": torch.zeros(7)}, folder / "text_encoder" / "model.safetensors")
+    assert weights.numbers(folder, None) == {"unet": [300], "vae": [300], "text_encoder": [7]}
+
+
 def test_shards_are_hashed_by_their_hashes_and_cached_blobs_by_their_name(tmp_path: Path) -> None:
     (tmp_path / "transformer").mkdir()
     (tmp_path / "blobs").mkdir()
