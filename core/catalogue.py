@@ -158,10 +158,6 @@ class Catalogue:
         if worded.loras and entry.model.optimise.by_layer:
             refuse("lora", f"{entry.id} is offloaded layer by layer (offload: {entry.model.optimise.offload}), to which a LoRA cannot be added", "no LoRA, or another model", request.lora or request.prompt)
         guided = guides.plan(request, inputs, entry.id, entry.model.family, self.models, refuse)
-        if inpaint and guided.controls:
-            refuse("controlnet", "does not go with a mask or outpaint_*", "leave one of them out", request.controlnet)
-        if guided.parts and request.hr_scale is not None:
-            refuse("hr_scale", "does not go with a ControlNet or an IP-Adapter", "leave one of them out", request.hr_scale)
         if guided.ip_adapter and entry.model.optimise.by_layer:
             refuse("ip_adapter", f"{entry.id} is offloaded layer by layer (offload: {entry.model.optimise.offload}), to which none can be added", "leave it out, or another model", request.ip_adapter)
         if request.commercial:

@@ -96,16 +96,16 @@ def generate(
         generators = [torch.Generator("cpu").manual_seed(plans[i].seeds[k]) for i, k in batch]
         _seed(pipe, generators)
         stacked, second = _stacked([embedded[i][k].arguments for i, k in batch]), plans[0].hires
+        given, guiding = _arguments(pipe, plans[0], [inputs[i] for i, _ in batch], generators, family), [guides[i] for i, _ in batch]
         arrays = pipe(
             **stacked,
-            **_arguments(pipe, plans[0], [inputs[i] for i, _ in batch], generators, family),
-            **guided.arguments(pipe, [guides[i] for i, _ in batch], plans[0].guidance_scale),
+            **guided.arguments(pipe, given, guiding, generators, plans[0].guidance_scale),
             generator=generators,
             output_type="latent" if second and second.upscaler == "latent" else "np",
             callback_on_step_end=steps,
         ).images
         if second:
-            arrays = hires.redraw(resident, plans[0], make_scheduler(resident, plans[0].scheduler)[0], arrays, upscaler, stacked, [plans[i].seeds[k] for i, k in batch], steps, check)
+            arrays = hires.redraw(resident, plans[0], make_scheduler(resident, plans[0].scheduler)[0], arrays, upscaler, stacked, guided, guiding, [plans[i].seeds[k] for i, k in batch], steps, check)
         for (i, _), array in zip(batch, arrays, strict=True):
             try:
                 pictures[i].append(_finished(inputs[i], to_pixels(array)))

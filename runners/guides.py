@@ -43,9 +43,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a plan's pictures became: a map for each ControlNet, and the IP-Adapter's embeddings of its pictures and of none."""
+    """What a plan's pictures became: a map for each ControlNet, another for its second pass, and the IP-Adapter's embeddings
+    of its pictures and of none."""
 
     maps: list[Tensor] = field(default_factory=list)
+    larger: list[Tensor] = field(default_factory=list)
     embeds: tuple[Tensor, Tensor] | None = None
 
 
@@ -65,13 +67,21 @@ class Guided:
     def prepare(self, plan: Plan) -> Prepared:
         """A plan's maps and embeddings, once for all its pictures."""
         embeds = self.adapter.embed([to_pil(p) for p in plan.ip_adapter_images]) if self.adapter else None
-        return Prepared(control.maps(plan), embeds)
+        larger = control.maps(plan, (plan.hires.width, plan.hires.height)) if plan.hires else []
+        return Prepared(control.maps(plan, (plan.width, plan.height)), larger, embeds)
 
-    def arguments(self, pipe: DiffusionPipeline, rows: list[Prepared], guidance_scale: float) -> dict[str, Any]:
-        """What the pipeline has to know of them for a batch of as many pictures as `rows`."""
-        arguments: dict[str, Any] = {}
+    def arguments(
+        self, pipe: DiffusionPipeline, given: dict[str, Any], rows: list[Prepared], generators: list[torch.Generator], guidance_scale: float, second: bool = False
+    ) -> dict[str, Any]:
+        """The pipeline's arguments for a batch of as many pictures as `rows`, of those `given` to one that nothing guides.
+
+        Args:
+            generators: the pictures'.
+            second: for the second pass of hires-fix.
+        """
+        arguments = dict(given)
         if self.nets:
-            arguments |= control.arguments(pipe, self.controls, [row.maps for row in rows])
+            arguments = control.arguments(pipe, arguments, self.controls, [row.larger if second else row.maps for row in rows], generators)
         if self.adapter:
             pairs = [row.embeds for row in rows if row.embeds]
             without = [torch.cat([nothing for _, nothing in pairs])] if guidance_scale > 1 else []

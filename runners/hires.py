@@ -17,12 +17,14 @@ from torch import Tensor
 from core import hires
 from core.plans import Hires, Plan
 from runners import tiling
+from runners.guides import Guided, Prepared
 from runners.residency import Resident
 
 
 def redraw(
-    resident: Resident, plan: Plan, scheduler: Any, first: Any, upscaler: Resident | None, embedded: dict[str, Tensor], seeds: list[int], after_step: Callable[..., Any], check: Callable[[], None]
-) -> np.ndarray:
+    resident: Resident, plan: Plan, scheduler: Any, first: Any, upscaler: Resident | None, embedded: dict[str, Tensor],
+    guided: Guided, guiding: list[Prepared], seeds: list[int], after_step: Callable[..., Any], check: Callable[[], None],
+) -> np.ndarray:  # fmt: skip
     """Pictures of the final size, (N, H, W, 3) floats in 0..1.
 
     Args:
@@ -32,23 +34,22 @@ def redraw(
         first: the first pass's pictures, (N, h, w, 3), or for `latent` its latents.
         upscaler: a network in memory, where `plan.hires` names one.
         embedded: the prompts' arguments, (N, ...).
+        guided, guiding: what guides the first pass guides this one too, and each row's part in it.
         seeds: each row's; its noise is drawn anew at the larger size.
         after_step, check: as in runners.denoise.
     """
     second = plan.hires
     assert second is not None
-    pipe = resident.pipeline("img2img")
+    pipe = resident.pipeline("img2img", guided.nets)
     pipe.scheduler = scheduler
     image = _latents(resident, first, second) if second.upscaler == "latent" else [_picture(row, second, upscaler, check) for row in first]
     size = {"width": second.width, "height": second.height} if resident.entry.model.family == "flux" else {}
+    given = {"image": image, "strength": second.strength, "num_inference_steps": hires.schedule(second), "guidance_scale": plan.guidance_scale}
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     made = pipe(
         **embedded,
-        **size,
-        image=image,
-        strength=second.strength,
-        num_inference_steps=hires.schedule(second),
-        guidance_scale=plan.guidance_scale,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        **guided.arguments(pipe, given | size, guiding, generators, plan.guidance_scale, second=True),
+        generator=generators,
         output_type="np",
         callback_on_step_end=after_step,
     ).images

@@ -11,25 +11,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, FluxControlNetModel, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    FluxControlNetModel,
+    FluxTransformer2DModel,
+    StableDiffusionInpaintPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from pydantic import ValidationError
 
 from core import preprocessing
 from core.catalogue import Catalogue
 from core.generation import Generation
+from core.images import to_pil
 from core.model_settings import ControlNet, IpAdapter, Model, Models, UniDiffuser
 from core.plans import Inputs, Pixels, Plan, PlannedLora
 from core.problems import Problem
 from core.requests import GenerationRequest
 from core.settings import Settings
+from runners import control
 from runners.device import Device
 from tests import lora_files
 from tests import miniatures as made
 from tests.conftest import Server, held
 
 FAMILIES = ("sd15", "sd2", "sdxl", "flux")
-SIDE = {"sd15": 128, "sd2": 128, "sdxl": 256, "flux": 256}
+SIDE = {"nine": 128, "sd15": 128, "sd2": 128, "sdxl": 256, "flux": 256}
 
 
 def pixels(seed: int, width: int = 128, height: int = 128) -> Pixels:
@@ -70,7 +78,10 @@ def device(miniatures: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         made.save_ip_adapter(UNet2DConditionModel.from_pretrained(miniatures[family] / "unet"), folder / f"ip-{family}")
         adapters.append(IpAdapter(id=f"ip-{family}", family=family, source=str(folder / f"ip-{family}"), subfolder="models", weight_name="ip-adapter.safetensors", image_encoder="models/image_encoder"))
     adapters.append(IpAdapter(id="ip-gone", family="sd15", source="/nowhere/at/all", weight_name="ip-adapter.safetensors"))
+    nine = made._sd(made.sd15().scheduler, in_channels=9).components
+    StableDiffusionInpaintPipeline(**nine, requires_safety_checker=False).save_pretrained(folder / "nine")
     entries = [Model(id=f, family=f, source=str(miniatures[f]), commercial_use=True) for f in FAMILIES]
+    entries.append(Model(id="nine", family="sd15", source=str(folder / "nine"), inpainting=True))
     settings = Settings(models=Models(default="sd15", catalogue=entries, controlnets=nets, ip_adapters=adapters, cpu_threads=1))
     before = torch.get_num_threads()
     device = Device(settings, Catalogue(settings))
@@ -80,11 +91,11 @@ def device(miniatures: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def submit(
-    device: Device, model: str, control: Sequence[Pixels] = (), pictures: Sequence[Pixels] = (), image: Pixels | None = None, client: str = "test", **values: object
+    device: Device, model: str, control: Sequence[Pixels] = (), pictures: Sequence[Pixels] = (), image: Pixels | None = None, mask: Pixels | None = None, client: str = "test", **values: object
 ) -> Future[Generation]:
     side = SIDE[model]
     asked = {"prompt": "a cat", "model_id": model, "seed": 1, "num_inference_steps": 2, "width": side, "height": side, **values}
-    plan = device.catalogue.plan(GenerationRequest.model_validate(asked), Inputs(image=image, control_image=list(control), ip_adapter_image=list(pictures)), client)
+    plan = device.catalogue.plan(GenerationRequest.model_validate(asked), Inputs(image=image, mask=mask, control_image=list(control), ip_adapter_image=list(pictures)), client)
     device.fetch_guides(plan)
     return device.submit(plan, device.fetch(device.catalogue.find(model)))
 
@@ -99,16 +110,25 @@ def difference(one: Generation, other: Generation) -> int:
     return max(int(np.abs(np.frombuffer(a.data, np.uint8).astype(int) - np.frombuffer(b.data, np.uint8)).max()) for a, b in pairs)
 
 
+HALF = Pixels(width=128, height=128, data=(b"\xff" * 192 + b"\0" * 192) * 128)  # the left one is repainted
+MODES: dict[str, dict] = {
+    "txt2img": {},
+    "img2img": {"image": OTHER},
+    "inpaint": {"image": OTHER, "mask": HALF, "inpainting_fill": "latent noise", "strength": 1},
+    "hires": {"hr_scale": 1.25, "hr_steps": 1},
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("image", [None, OTHER], ids=["txt2img", "img2img"])
-def test_a_controlnet_changes_the_picture_and_at_scale_0_leaves_it_as_it_was(device: Device, family: str, image: Pixels | None) -> None:
-    net = f"{family}-a"
-    plain = draw(device, family, image=image)
-    acting = draw(device, family, image=image, control=[DRAWING], controlnet=net)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_controlnet_changes_the_picture_and_at_scale_0_leaves_it_as_it_was(device: Device, family: str, mode: str) -> None:
+    net, how = f"{family}-a", MODES[mode]
+    plain = draw(device, family, **how)
+    acting = draw(device, family, **how, control=[DRAWING], controlnet=net)
     assert difference(plain, acting) > 1
-    assert difference(acting, draw(device, family, image=image, control=[OTHER], controlnet=net)) > 0
-    assert difference(plain, draw(device, family, image=image, control=[DRAWING], controlnet=net, controlnet_conditioning_scale=0)) == 0
-    assert difference(plain, draw(device, family, image=image)) == 0
+    assert difference(acting, draw(device, family, **how, control=[OTHER], controlnet=net)) > 0
+    assert difference(plain, draw(device, family, **how, control=[DRAWING], controlnet=net, controlnet_conditioning_scale=0)) == 0
+    assert difference(plain, draw(device, family, **how)) == 0
     (told,) = acting.ran.controls
     assert (told.id, told.preprocessor, told.scale, told.start, told.end) == (net, "canny", 1, 0, 1)
     assert len(told.sha256) == 64
@@ -242,17 +262,85 @@ def test_values_that_are_none_are_refused(values: dict) -> None:
         GenerationRequest.model_validate({"prompt": "x", **values})
 
 
-def test_a_mask_goes_with_an_ip_adapter_and_not_with_a_controlnet(device: Device) -> None:
-    asked = GenerationRequest(prompt="a cat", model_id="sd15", num_inference_steps=2, seed=1, width=128, height=128)
-    painted = {"image": DRAWING, "mask": Pixels(width=128, height=128, data=b"\xff" * (3 * 128 * 128))}
-    with pytest.raises(Problem, match="mask"):
-        device.catalogue.plan(asked.model_copy(update={"controlnet": ["sd15-a"]}), Inputs(**painted, control_image=[DRAWING]), "test")
-    drawn = []
-    for pictures in ([OTHER], [DRAWING]):
-        plan = device.catalogue.plan(asked.model_copy(update={"ip_adapter": "ip-sd15"}), Inputs(**painted, ip_adapter_image=pictures), "test")
-        device.fetch_guides(plan)
-        drawn.append(device.submit(plan, device.fetch(device.catalogue.find("sd15"))).result(120))
-    assert difference(*drawn) > 0
+@pytest.mark.parametrize("model", [*FAMILIES, "nine"])
+def test_what_a_mask_keeps_is_kept_to_the_last_bit_whatever_guides_the_rest(device: Device, model: str) -> None:
+    family = "sd15" if model == "nine" else model
+    side = SIDE[family] - 3
+    image, half = pixels(2, side, side), Pixels(width=side, height=side, data=(b"\xff" * 60 + b"\0" * (3 * side - 60)) * side)
+    given = {"image": image, "mask": half, "width": None, "height": None, "controlnet": f"{family}-a", "scheduler": "Euler"}
+    drawn = [draw(device, model, control=[map], **given) for map in (DRAWING, OTHER)]
+    rows = [np.frombuffer(made.pictures[0].data, np.uint8).reshape(side, side, 3) for made in drawn]
+    before = np.frombuffer(image.data, np.uint8).reshape(side, side, 3)
+    for row in rows:
+        assert (row[:, 20:] == before[:, 20:]).all()
+        assert (row[:, :20] != before[:, :20]).any()
+    assert (rows[0][:, :20] != rows[1][:, :20]).any()
+
+
+def test_a_control_image_is_of_the_whole_answer_whatever_part_of_it_is_drawn(device: Device) -> None:
+    drawing = pixels(1, 64, 32)  # of an answer of 128x64, at half its size
+    for values, box in (
+        ({"inpaint_full_res": True, "inpaint_full_res_padding": 0}, (0, 16, 16, 32)),
+        ({"outpaint_left": 8, "outpaint_bottom": 4}, (0, 0, 64, 32)),
+    ):
+        grown = (128 - values.get("outpaint_left", 0), 64 - values.get("outpaint_bottom", 0))
+        image, mask = pixels(3, *grown), Image.new("RGB", grown)
+        mask.paste("white", (0, 32, 32, 64))
+        given = Inputs(image=image, mask=Pixels(width=grown[0], height=grown[1], data=mask.tobytes()), control_image=[drawing])
+        plan = device.catalogue.plan(GenerationRequest.model_validate({"prompt": "x", "model_id": "sd15", "controlnet": "sd15-b", **values}), given, "test")
+        (made,) = control.maps(plan, (plan.width, plan.height))
+        part = to_pil(drawing).crop(box).resize((plan.width, plan.height), Image.Resampling.LANCZOS)
+        assert np.array_equal((made * 255).round().to(torch.uint8).permute(1, 2, 0).numpy(), np.asarray(part))
+
+
+def test_masked_requests_with_other_control_images_share_a_batch(device: Device) -> None:
+    other_half = Pixels(width=128, height=128, data=HALF.data[::-1])
+    asked = [
+        {"control": [DRAWING], "image": OTHER, "mask": HALF, "controlnet": "sd15-a", "seed": 1, "client": "c1"},
+        {"control": [OTHER], "image": DRAWING, "mask": other_half, "controlnet": "sd15-a", "seed": 2, "client": "c2"},
+    ]
+    alone = [draw(device, "sd15", **each) for each in asked]
+    go = held(device)
+    futures = [submit(device, "sd15", **each) for each in asked]
+    rows: list[int] = []
+    unet = device.residency.acquire(device.catalogue.find("sd15"), Path(), torch.float32).base.unet
+    hook = unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    go.set()
+    shared = [f.result(60) for f in futures]
+    hook.remove()
+    assert set(rows) == {4}
+    assert all(difference(a, b) <= 1 for a, b in zip(alone, shared, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["inpaint", "hires"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_an_ip_adapter_goes_with_a_mask_and_with_hires_and_with_a_controlnet_there(device: Device, family: str, mode: str) -> None:
+    how, adapter = MODES[mode], {"ip_adapter": f"ip-{family}"}
+    plain, acting = draw(device, family, **how), draw(device, family, **how, pictures=[DRAWING], **adapter)
+    assert difference(plain, acting) > 0
+    assert difference(acting, draw(device, family, **how, pictures=[OTHER], **adapter)) > 0
+    assert difference(plain, draw(device, family, **how, pictures=[DRAWING], **adapter, ip_adapter_scale=0)) == 0
+    both = draw(device, family, **how, pictures=[DRAWING], **adapter, control=[DRAWING, OTHER], controlnet=f"{family}-a,{family}-b")
+    assert difference(acting, both) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_second_pass_of_hires_is_guided_too(device: Device, family: str) -> None:
+    """By a map of its own size, made anew from the picture."""
+    how = {"control": [DRAWING], "controlnet": f"{family}-a", "hr_scale": 1.5, "hr_upscaler": "lanczos", "hr_steps": 3, "hr_strength": 1, "scheduler": "Euler"}
+    draw(device, family, **how)
+    resident = device.residency.acquire(device.catalogue.find(family), Path(), torch.float32)
+    net = resident.guides._kept[f"{family}-a"].loaded
+    seen: list[tuple[int, ...]] = []
+    hook = net.register_forward_pre_hook(lambda _, args, named: seen.append(tuple(named["controlnet_cond"].shape)), with_kwargs=True)
+    made = draw(device, family, **how)
+    hook.remove()
+    side = SIDE[family]
+    assert made.pictures[0].width == side * 3 // 2
+    small, large = (1, (side // 16) ** 2), (1, (side * 3 // 32) ** 2)  # Flux: tokens
+    if family != "flux":
+        small, large = (2, 3, side, side), (2, 3, side * 3 // 2, side * 3 // 2)
+    assert [shape[: len(small)] for shape in seen] == [small] * 2 + [large] * 3
 
 
 def test_missing_and_broken_files_are_a_503_that_names_them(device: Device) -> None:
@@ -260,6 +348,7 @@ def test_missing_and_broken_files_are_a_503_that_names_them(device: Device) -> N
         draw(device, "sd15", pictures=[DRAWING], ip_adapter="ip-gone")
     assert caught.value.details.status == 503
     resident = device.residency.acquire(device.catalogue.find("sdxl"), device.fetch(device.catalogue.find("sdxl")), torch.float32)
+    resident.guides.drop_idle(0)
     broken = device.catalogue.models.ip_adapters[0]  # of another architecture than this UNet's
     plan = device.catalogue.plan(GenerationRequest(prompt="x", model_id="sdxl", ip_adapter="ip-sdxl"), Inputs(ip_adapter_image=[DRAWING]), "test")
     with pytest.raises(Problem) as caught:

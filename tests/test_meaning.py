@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from api import reading
-from core import schedulers
+from core import preprocessing, schedulers
 from core.catalogue import Catalogue
 from core.generation import Generation
-from core.images import encode
-from core.model_settings import Model, Models
+from core.images import encode, to_pil
+from core.model_settings import ControlNet, Model, Models
 from core.plans import Inputs, Pixels
 from core.settings import Settings
 from runners.device import Device
 
-SETTINGS = Settings(models=Models(default="starter/stable-diffusion", catalogue=[Model(id="starter/stable-diffusion", family="starter")]))
+CANNY = ControlNet(id="starter/controlnet-canny", family="starter", preprocessor="canny")
+SETTINGS = Settings(models=Models(default="starter/stable-diffusion", catalogue=[Model(id="starter/stable-diffusion", family="starter")], controlnets=[CANNY]))
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +30,9 @@ def device() -> Iterator[Device]:
     made.queue.close()
 
 
-def draw(device: Device, image: Pixels | None = None, **values: object) -> Generation:
-    plan = device.catalogue.plan(reading.parse({"seed": 1, **values}), Inputs(image=image), "test")
+def draw(device: Device, image: Pixels | None = None, mask: Pixels | None = None, control: Sequence[Pixels] = (), **values: object) -> Generation:
+    plan = device.catalogue.plan(reading.parse({"seed": 1, **values}), Inputs(image=image, mask=mask, control_image=list(control)), "test")
+    device.fetch_guides(plan)
     return device.submit(plan, device.fetch(device.catalogue.find(plan.model_id))).result(120)
 
 
@@ -99,6 +103,46 @@ def test_a_low_strength_keeps_the_layout_and_full_strength_does_not(device: Devi
     kept, redrawn = ((before & after).sum() / (before | after).sum() for after in drawn)
     assert kept > 0.7
     assert redrawn < 0.5
+
+
+def overlap(wanted: Pixels, drawn: Pixels, left: int = 0) -> float:
+    """How well the edges of two pictures lie on each other right of column `left`: F1, with a tolerance of one pixel at 64x64."""
+    edges = [np.asarray(preprocessing.run("canny", to_pil(p)))[:, left:, 0] for p in (wanted, drawn)]
+    wide = [cv2.dilate(e, np.ones((drawn.width // 32 + 1, drawn.width // 32 + 1), np.uint8)) > 0 for e in edges]
+    precision, recall = wide[0][edges[1] > 0].mean(), wide[1][edges[0] > 0].mean()
+    return float(2 * precision * recall / (precision + recall))
+
+
+def elsewhere(picture: Pixels, side: int) -> Pixels:
+    """What is in the picture, mirrored, turned, smaller and in a corner, at another size: so that a prompt does not tell where it is."""
+    turned = to_pil(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT).rotate(20, Image.Resampling.BICUBIC, fillcolor="white")
+    moved = Image.new("RGB", (64, 64), "white")
+    moved.paste(turned.resize((44, 44), Image.Resampling.BICUBIC), (18, 4))
+    moved = moved.resize((side, side), Image.Resampling.LANCZOS)
+    return Pixels(width=side, height=side, data=moved.tobytes())
+
+
+def test_what_is_painted_into_a_mask_follows_the_edges_that_are_given(device: Device) -> None:
+    star = draw(device, prompt="star", num_inference_steps=12).pictures[0]
+    right = Pixels(width=64, height=64, data=(b"\0" * 96 + b"\xff" * 96) * 64)
+    for prompt in ("red apple", "pizza"):
+        wanted = elsewhere(draw(device, prompt=prompt, seed=51, num_inference_steps=12).pictures[0], 64)
+        painting = {"prompt": prompt, "seed": 10, "strength": 1, "num_inference_steps": 12}
+        free = draw(device, star, right, **painting).pictures[0]
+        followed = draw(device, star, right, [wanted], controlnet=CANNY.id, **painting).pictures[0]
+        assert (array(followed)[:, :32] == array(star)[:, :32]).all()
+        assert overlap(wanted, followed, 34) > 0.7
+        assert overlap(wanted, followed, 34) > overlap(wanted, free, 34) + 0.1
+
+
+def test_both_passes_of_hires_follow_the_edges_that_are_given(device: Device) -> None:
+    wanted = elsewhere(draw(device, prompt="red heart", num_inference_steps=12).pictures[0], 128)
+    asked = {"prompt": "blue heart", "num_inference_steps": 12, "hr_scale": 2, "hr_upscaler": "lanczos", "hr_steps": 6}
+    free = draw(device, **asked).pictures[0]
+    followed = draw(device, control=[wanted], controlnet=CANNY.id, **asked).pictures[0]
+    assert followed.width == 128
+    assert overlap(wanted, followed) > overlap(wanted, free) + 0.2
+    assert int(coloured(followed).argmax()) == 2
 
 
 def test_other_sizes_give_a_picture(device: Device) -> None:
