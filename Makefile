@@ -1,8 +1,10 @@
 # Easel's commands; `make` lists them. Everything is set up in .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+# Debian's packages for tests, which skip what is missing: promtool
+SYSTEM := prometheus
 
-.PHONY: help serve test lint lock keys bench bento container prove-container clean
+.PHONY: help serve test system lint lock keys bench bento container prove-container clean
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
 
@@ -11,6 +13,10 @@ serve: .venv/serve.stamp keys  ## set up and serve on 127.0.0.1:3000
 
 test: .venv/test.stamp  ## set up and run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+system:  ## install the programs that some tests need, with apt-get; as root
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(SYSTEM)
 
 lint: .venv/test.stamp  ## run the linters
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from simple_di.providers import SingletonFactory
 from yaml import YAMLError
 
 from api import animate, app, backend, gate, multimodal, quotas, typed, upscaling
-from core import settings
+from core import logs, settings
 from core.auth import Keys, NoKeys
 from core.draining import Draining
 from core.model_settings import Models, Queue
@@ -51,6 +51,7 @@ try:
     stable_diffusion_places, unidiffuser_places = place(configured)
 except (NoKeys, FileNotFoundError, ValueError, SettingsError, YAMLError) as error:
     raise SystemExit(f"Easel cannot start. {error}") from None
+logs.configure(configured.server)
 http = app.build(configured)
 BentoMLContainer.prometheus_multiproc_dir.set(SingletonFactory(metrics_folder))
 draining = Draining(configured.server.grace_s, linger_s=1.0)
@@ -59,6 +60,7 @@ common: dict[str, Any] = {
     "http": {"host": configured.server.host, "port": configured.server.port},
     "runner_probe": {"enabled": False},
     "metrics": {"enabled": False},  # ours: see api.metrics
+    "logging": {"access": {"enabled": False}},  # ours: see api.gate
     # BentoML closes the entry's connections to a runner after 100 calls or 5 minutes, those in use too.
     "runner_connection": {"max_requests": 2**31, "max_age": 1e9},
 }

@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from api import quotas, routing
 from api.routing import Runner
-from core import settings, trials
+from core import logs, settings, trials
 from core.generation import Generation
 from core.placement import MAX_WORKERS, runner_of
 from core.plans import Plan
@@ -112,6 +112,8 @@ async def generate(plan: Plan, request: Request | None, name: Service = "StableD
             422 or 429 where the key may not have so much.
     """
     able = workers_of(name)
+    plan = plan.model_copy(update={"request_id": logs.request_id.get()})
+    logs.note(**logs.of_plan(plan))
     async with quotas.of_process().work(plan):
         return await _generated(plan, request, able)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import re
 import time
 import uuid
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import backend, errors, links
-from core import metrics, problems
+from core import logs, metrics, problems
 from core.auth import Caller, Keys
 from core.draining import Draining
 from core.plans import Task
@@ -37,7 +38,9 @@ FORM_BYTES = 1024 * 1024  # what a form may have beside its file
 # document, which knows less than ours.
 TYPED = ("/txt2img", "/img2img", "/inpaint", "/outpaint", "/upscale", "/animate", "/add_lora", "/remove_lora", "/list_loras", *(f"/{task}" for task in get_args(Task)))
 DIRECT = {**{path: path for path in TYPED}, "/docs.json": "/openapi.json"}
+_PROBED = ("/livez", "/healthz", "/readyz", "/metrics")
 _OWN = ("/livez", "/healthz", "/readyz", "/docs", "/openapi.json")
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -60,7 +63,8 @@ class Gate:
         if scope["type"] != "http" or server_context.service_type != "entry_service":
             await self.app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex
+        request_id = _asked_for(scope) or uuid.uuid4().hex
+        logs.begin(request_id)
         answer = _Answer(send, request_id, scope["path"])
         began = time.perf_counter()
         try:
@@ -68,12 +72,22 @@ class Gate:
         except Problem as error:
             await answer.problem(error)
         except Exception:
-            log.exception("request %s failed", request_id)
+            log.exception("the request failed")
             await answer.problem(problem(500, "internal", "Internal error", f"The server failed; its log has request {request_id}."))
         finally:
-            route, service = self._route(scope["path"]), metrics.here()
-            metrics.REQUESTS.labels(service, route, scope["method"] if scope["method"] in _METHODS else metrics.OTHER, answer.status).inc()
-            metrics.REQUEST_SECONDS.labels(service, route).observe(time.perf_counter() - began)
+            self._tell(scope, answer.status, time.perf_counter() - began)
+
+    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count an answer, and log it: without its query, which may be a prompt."""
+        route, service = self._route(scope["path"]), metrics.here()
+        method = scope["method"] if scope["method"] in _METHODS else metrics.OTHER
+        metrics.REQUESTS.labels(service, route, method, status).inc()
+        metrics.REQUEST_SECONDS.labels(service, route).observe(seconds)
+        if scope["path"] not in _PROBED:
+            caller = scope.get("state", {}).get("caller")
+            more = {"path": scope["path"][:200]} if route == metrics.OTHER else {}
+            told = {"method": method, "route": route, "status": status, "duration_ms": round(1000 * seconds, 1), "key": caller.id if caller else None, **more, **logs.noted()}
+            log.info("answered", extra=told)
 
     def _route(self, path: str) -> str:
         """A path as the OpenAPI document has it, or "other": what callers make up is no label."""
@@ -227,6 +241,12 @@ def _state(status: RunnerStatus | Problem) -> str:
     if status.draining:
         return "shutting down"
     return "ready" if status.ready else "warming up"
+
+
+def _asked_for(scope: Scope) -> str | None:
+    """The id that a proxy, or the caller, has given the request, where it is fit for a log."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    return given if _ID.fullmatch(given) else None
 
 
 def _for_admins(path: str) -> bool:

@@ -16,7 +16,7 @@ from core.generation import Generation
 from core.problems import Problem
 from core.status import RunnerStatus
 
-OTHER = "other"
+OTHER, UNLISTED = "other", "unlisted"
 _SHORT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
 _LONG = (0.1, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _LIVE: Literal["livemostrecent"] = "livemostrecent"  # of a process that was started again, the new one's
@@ -63,7 +63,7 @@ def begin() -> None:
 
 def model(entry: Entry) -> str:
     """The value of the label `model`: an id of the catalogue; callers choose the others."""
-    return entry.id if entry.listed else "unlisted"
+    return entry.id if entry.listed else UNLISTED
 
 
 def kind(problem_type: str) -> str:
@@ -95,7 +95,7 @@ def show(status: RunnerStatus, listed: set[str]) -> None:
     held: dict[str, int] = dict.fromkeys(_shown, 0)
     for one in status.models:
         if one.state == "warm":
-            name = one.model_id if one.model_id in listed else "unlisted"
+            name = one.model_id if one.model_id in listed else UNLISTED
             held[name] = held.get(name, 0) + one.resident_bytes
     for name, size in held.items():
         RESIDENT_BYTES.labels(runner, name).set(size)

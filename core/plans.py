@@ -159,6 +159,7 @@ class Plan(BaseModel):
     images: list[Pixels] = []  # for UniDiffuser: each is captioned, embedded or varied with every seed
     data_type: int = 1  # UniDiffuser's own argument, see core.multimodal
     experiment: Assigned | None = None
+    request_id: str | None = None  # of the request that it was made for, for logs
 
     def words(self, picture: int) -> tuple[str, str]:
         """The prompt and the negative prompt of a picture, counted from 0."""
@@ -194,6 +195,6 @@ class Plan(BaseModel):
 
 
 # What may differ between plans whose pictures are one batch from the first step to the last,
-_OWN = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "control_images", "ip_adapter_images", "deadline_s", "notes", "experiment"}
+_OWN = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "control_images", "ip_adapter_images", "deadline_s", "notes", "experiment", "request_id"}
 # and between those that share single steps.
 _OWN_STEPS = {"num_inference_steps", "guidance_scale", "scheduler", "strength", "clip_skip"}

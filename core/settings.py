@@ -37,6 +37,8 @@ class Server(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 3000
     grace_s: Seconds = 60
+    log_format: Literal["text", "json"] = "text"
+    log_prompts: bool = False
 
 
 class Auth(Section):

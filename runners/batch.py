@@ -101,7 +101,7 @@ class Batch:
             return denoise.generate(self.resident, [plan], self.loras, self.guided, check, at_once, [timing], self.upscaler)[0]
 
         self.left[job.id] = steps
-        self._end(self.runs.start(job, work, at_once))
+        self._end(self.runs.start(job, partial(job.context.copy().run, work), at_once))
 
     def _end(self, ended: Iterable[Run[Generation]]) -> None:
         for run in ended:

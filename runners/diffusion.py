@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import bentoml
 
-from core import metrics, problems, upscaling
+from core import logs, metrics, problems, upscaling
 from core.catalogue import Catalogue
 from core.draining import Draining
 from core.generation import Generation
@@ -61,12 +61,20 @@ class DiffusionRunner:
     @bentoml.api(route="/internal/run")
     async def run(self, plan: Plan) -> Generation:
         """Do what a plan says; a problem comes back as data, so that it keeps its shape."""
+        logs.request_id.set(plan.request_id)
         self.draining.in_hand += 1
         try:
+            generation = await self._done(plan)
+        finally:
+            self.draining.in_hand -= 1
+        metrics.done(generation, plan.model_id if plan.model_id in self.catalogue.entries else metrics.UNLISTED)
+        log.info("failed" if generation.problem else "done", extra={**logs.of_plan(plan), **_told(generation)})
+        return generation
+
+    async def _done(self, plan: Plan) -> Generation:
+        try:
             paths = await self._prepared(plan)
-            generation = await asyncio.wrap_future(self.device.submit(plan, paths[plan.model_id], paths))
-            metrics.done(generation, metrics.model(self.catalogue.find(plan.model_id)))
-            return generation
+            return await asyncio.wrap_future(self.device.submit(plan, paths[plan.model_id], paths))
         except problems.Problem as problem:
             return Generation(problem=problem.details)
         except TimeoutError:
@@ -76,8 +84,6 @@ class DiffusionRunner:
             log.exception("generation %s failed", plan.id)
             detail = "The generation failed on the device; the server's log has the cause."
             return Generation(problem=problems.problem(500, "generation-failed", "Generation failed", detail).details)
-        finally:
-            self.draining.in_hand -= 1
 
     @bentoml.api(route="/internal/cancel")
     async def cancel(self, plan_id: str) -> bool:
@@ -162,3 +168,12 @@ class DiffusionRunner:
                 log.error("warm-up of %s failed: %s", model_id, outcome.problem.detail)
         finally:
             self._cold.discard(model_id)
+
+
+def _told(generation: Generation) -> dict[str, object]:
+    """What a line tells of what came of a plan: nothing that a caller wrote."""
+    if generation.problem:
+        return {"problem": metrics.kind(generation.problem.type)}
+    made = {"pictures": len(generation.pictures), "texts": len(generation.texts), "embeddings": len(generation.embeddings)}
+    stages = {f"{stage}_ms": round(ms, 1) for stage, ms in generation.ran.timing.model_dump().items() if ms} if generation.ran else {}
+    return {**{what: count for what, count in made.items() if count}, **stages}

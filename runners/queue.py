@@ -7,6 +7,7 @@ can share a batch are taken together when the first of them has its turn.
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import math
 import threading
@@ -56,6 +57,7 @@ class Job(Generic[R]):
     deadline_s: float
     share: Share[Any, R] | None = None
     submitted: float = field(default_factory=time.monotonic)
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)  # of who submits it: the request's id, for logs
     started: float | None = None
     progress: Progress | None = None
     future: Future[R] = field(default_factory=Future)
@@ -282,13 +284,13 @@ class DeviceQueue:
         try:
             if len(jobs) == 1:
                 jobs[0].check()
-                outcomes = [jobs[0].run(jobs[0])]
+                outcomes = [jobs[0].context.copy().run(jobs[0].run, jobs[0])]
             elif jobs:
                 check_all(jobs)
                 shares = [job.share for job in jobs if job.share is not None]
                 run = shares[0].run
                 assert run is not None
-                outcomes = run(jobs, [share.work for share in shares])
+                outcomes = jobs[0].context.copy().run(run, jobs, [share.work for share in shares])
         except BaseException as error:
             failure = error
         told = dict(zip((job.id for job in jobs), outcomes, strict=False))
