@@ -25,8 +25,8 @@ lint: .venv/test.stamp  ## run the linters
 keys: .venv/serve.stamp  ## write API keys into .env where there are none, and say how to call
 	@$(BIN)/python -m core.keys
 
-bench: .venv/test.stamp  ## measure against raw diffusers; writes bench/results.md
-	$(BIN)/python bench/overhead.py
+bench: .venv/test.stamp  ## measure against raw diffusers and other servers; writes bench/results.md
+	$(BIN)/python bench/run.py $(ARGS)
 	$(BIN)/python bench/unidiffuser.py
 
 bento: .venv/serve.stamp  ## build a Bento
@@ -46,8 +46,8 @@ lock: .venv/python.stamp  ## resolve pyproject.toml anew into requirements.lock 
 	.venv/lock/bin/pip freeze --exclude easel | sed 's/+cpu//' | grep -vxFf requirements.lock > requirements-dev.lock
 	rm -rf .venv/lock build easel.egg-info
 
-clean:  ## remove the virtual environment
-	rm -rf .venv
+clean:  ## remove the virtual environment, and those of the benchmark
+	rm -rf .venv bench/.cache
 
 .venv/python.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Easel needs Python 3.11 or later; set PYTHON=python3.11")'

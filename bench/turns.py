@@ -92,8 +92,17 @@ def in_turns(rounds: int, limit_s: float, cases: dict[K, Case]) -> dict[K, Pairs
 
 
 class Server:
-    """`bentoml serve` on a free loopback port with keys of its own; `first` is its first answer, and
-    `ran` what its headers say about it."""
+    """A server process on a free loopback port: Easel with keys of its own, or what `command` makes of the port. `first`
+    is its first answer, and `ran` what its headers say about it.
+
+    Args:
+        command: what starts another server, given its port.
+        ready: the path that answers 200 once it is ready.
+        env: more of its environment.
+    """
+
+    def __init__(self, command: Callable[[int], list[str]] | None = None, ready: str = "/readyz", env: dict[str, str] | None = None) -> None:
+        self._command, self._ready, self._env = command or _serve_easel, ready, env or {}
 
     def __enter__(self) -> Server:
         with socket.socket() as probe:
@@ -103,11 +112,11 @@ class Server:
         own = {"API_KEY": self.key, "ADMIN_API_KEY": secrets.token_urlsafe(24), "EASEL_SERVER__PORT": str(port)}
         quiet = {"EASEL_SERVER__HOST": "127.0.0.1", "HF_HUB_OFFLINE": "1", "BENTOML_DO_NOT_TRACK": "True"}
         self._log = tempfile.TemporaryFile()
-        command = [str(Path(sys.executable).with_name("bentoml")), "serve", "service:ImageGeneration"]
         started = time.monotonic()
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | own | quiet, stdout=self._log, stderr=self._log, start_new_session=True
+            self._command(port), cwd=ROOT, env=os.environ | own | quiet | self._env, stdout=self._log, stderr=self._log, start_new_session=True
         )
+        self.pid = self._process.pid
         try:
             self._await_ready(started + 180)
             self.start_s = time.monotonic() - started
@@ -132,7 +141,7 @@ class Server:
         with self.session() as session:
             while time.monotonic() < end and self._process.poll() is None:
                 with contextlib.suppress(requests.RequestException):
-                    if session.get(self.url + "/readyz", timeout=5).status_code == 200:
+                    if session.get(self.url + self._ready, timeout=5).status_code == 200:
                         return
                 time.sleep(0.05)
         raise RuntimeError("the server did not become ready")
@@ -179,14 +188,19 @@ class Server:
         return Block(clients * each / seconds, [s for took in latencies for s in took[1:]])
 
 
+def _serve_easel(port: int) -> list[str]:
+    return [str(Path(sys.executable).with_name("bentoml")), "serve", "service:ImageGeneration"]
+
+
 class RawLoop:
     """The process that works with diffusers alone (`script --raw`), told over a pipe how much to do: its
     threads and memory are not the clients'. `hello` is what it says of itself."""
 
-    def __init__(self, script: str, ran: dict[str, Any]) -> None:
+    def __init__(self, script: str, ran: dict[str, Any], env: dict[str, str] | None = None) -> None:
         for attempt in range(2):  # as in `Server.start_with`
             command = [sys.executable, script, "--raw", json.dumps(ran)]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._process = subprocess.Popen(command, env=os.environ | (env or {}), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.pid = self._process.pid
             try:
                 self.hello = self._reply()
                 return
