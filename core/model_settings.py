@@ -109,6 +109,7 @@ class Models(Section):
     warm_up: list[str] = []
     idle_timeout_s: Seconds = 600
     memory_budget_bytes: Count | None = None
+    remembered_bytes: Annotated[int, Field(ge=0)] = 134_217_728
     max_batch: Count = 8
     device: str | None = None
     cpu_threads: Count | None = None

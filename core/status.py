@@ -33,6 +33,7 @@ class ResidentModel(BaseModel):
     torch_dtype: str | None = None
     resident_bytes: int = 0
     host_bytes: int = 0  # in CPU memory, of an offloaded model
+    remembered_bytes: int = 0  # of resident_bytes: embeddings of prompts and encodings of pictures, kept for the next time
     loras: list[ResidentLora] = []
     guides: list[ResidentGuide] = []
     last_used_s_ago: float | None = None

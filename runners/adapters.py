@@ -45,6 +45,7 @@ class Adapter:
     layers: list[BaseTunerLayer]
     unmatched: int
     bytes: int
+    reads: bool  # it reached a text encoder
 
 
 class Adapters:
@@ -69,6 +70,12 @@ class Adapters:
     @property
     def files(self) -> set[str]:
         return {path for path, _, _ in self._loaded}
+
+    @property
+    def reading(self) -> tuple[tuple[str, float], ...]:
+        """What acts on the text encoders now: each LoRA that reached one, and its weight."""
+        reads = {adapter.id for adapter in self._loaded.values() if adapter.reads}
+        return tuple((id, weight) for id, weight in self._active.items() if id in reads)
 
     def snapshot(self) -> list[ResidentLora]:
         return [ResidentLora(name=a.name, resident_bytes=a.bytes) for a in list(self._loaded.values())]
@@ -164,7 +171,7 @@ class Adapters:
         for layer in layers:
             layer.set_adapter([], inference_mode=True)
         size = sum(p.numel() * p.element_size() for layer in layers for p in _parameters(layer, id))
-        return Adapter(id, lora.name, sha256, layers, unmatched, size)
+        return Adapter(id, lora.name, sha256, layers, unmatched, size, any(name in lora_files.ENCODERS for name in found))
 
     def _read(self, lora: PlannedLora) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
         """The file's SHA-256, tensors and settings."""

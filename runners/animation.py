@@ -44,7 +44,7 @@ def generate(resident: Resident, motion: Motion, plan: Plan, loras: list[Applied
     pipe.scheduler, named = denoise.make_scheduler(trained, plan.scheduler or "DDIM Uniform")
     # 2. The prompt's embeddings, and the frames' latents (1, channels, frames, height, width).
     began = time.perf_counter()
-    embedded = prompts.embed(pipe, resident.entry.model.family, plan)
+    embedded = prompts.embed(pipe, resident.entry.model.family, plan, remember=resident.remember)
     steps = denoise.Steps(check)
     steps.rows = asked.num_frames
     latents = pipe(

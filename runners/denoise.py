@@ -82,7 +82,7 @@ def generate(
     embedded: dict[int, list[Embedded]] = {}
     for i, plan in enumerate(plans):
         try:
-            embedded[i] = _embedded(pipe, family, plan)
+            embedded[i] = _embedded(pipe, resident, plan)
         except Problem as problem:
             failed[i] = problem
     inputs = [_input(plan) for plan in plans]
@@ -132,13 +132,13 @@ def _seed(pipe: Any, generators: list[torch.Generator]) -> None:
         pipe.scheduler.step = partial(step, pipe.scheduler, generator=generators)
 
 
-def _embedded(pipe: Any, family: Family, plan: Plan) -> list[Embedded]:
+def _embedded(pipe: Any, resident: Resident, plan: Plan) -> list[Embedded]:
     """The prompts of each picture of a plan."""
     made: dict[tuple[str, str], Embedded] = {}
     for picture in range(len(plan.seeds)):
         words = plan.words(picture)
         if words not in made:
-            made[words] = prompts.embed(pipe, family, plan, picture)
+            made[words] = prompts.embed(pipe, resident.entry.model.family, plan, picture, resident.remember)
     return [made[plan.words(picture)] for picture in range(len(plan.seeds))]
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ _TOKEN = re.compile(r"\\\\|\\[()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\
 
 
 Fragments = list[tuple[str, float]]  # a prompt in parts, each with its weight
+Tensors = tuple[Tensor, ...]
+Remember = Callable[[Hashable, Callable[[], Tensors]], Tensors]  # what was made for a key, or is made now
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,16 @@ def parse_weights(prompt: str) -> Fragments:
     return [(t, w) for t, w in merged if t.strip()] or [("", 1.0)]
 
 
-def embed(pipe: DiffusionPipeline, family: Family, plan: Plan, picture: int = 0) -> Embedded:
-    """Everything the pipeline needs of the prompts of a picture, as its keyword arguments: tensors, (1, ...).
+def _anew(_: Hashable, make: Callable[[], Tensors]) -> Tensors:
+    return make()
+
+
+def embed(pipe: DiffusionPipeline, family: Family, plan: Plan, picture: int = 0, remember: Remember = _anew) -> Embedded:
+    """Everything the pipeline needs of the prompts of a picture, as its keyword arguments: tensors, (1, ...). Without guidance
+    the negative prompt is not needed, and left out.
+
+    Args:
+        remember: finds what a text encoder has made of a text before.
 
     Raises:
         Problem: as `textual_inversion.read`.
@@ -92,7 +103,7 @@ def embed(pipe: DiffusionPipeline, family: Family, plan: Plan, picture: int = 0)
     texts = plan.words(picture)
     with torch.inference_mode():
         if family == "flux":
-            return _for_flux(pipe, texts[0])
+            return _for_flux(pipe, texts[0], remember)
         encoders = [pipe.text_encoder, *([pipe.text_encoder_2] if family == "sdxl" else [])]
         widths = [encoder.config.hidden_size for encoder in encoders]
         words = "\n".join(texts)
@@ -100,20 +111,20 @@ def embed(pipe: DiffusionPipeline, family: Family, plan: Plan, picture: int = 0)
         new = read([one for one in plan.embeddings if one.name in named], words, widths, plan.model_id)
         marks = {one.planned.name: one.mark for one in new}
         # Marked before the weights are read: a name may have brackets.
-        prompts = [parse_weights(embeddings.replace(text, marks, marks.__getitem__)) for text in texts]
-        return (_for_sdxl if family == "sdxl" else _for_sd)(pipe, prompts, plan.clip_skip, new)
+        prompts = [parse_weights(embeddings.replace(text, marks, marks.__getitem__)) for text in texts[: 2 if plan.guidance_scale > 1 else 1]]
+        return (_for_sdxl if family == "sdxl" else _for_sd)(pipe, prompts, plan.clip_skip, new, remember)
 
 
-def _for_sd(pipe: DiffusionPipeline, prompts: list[Fragments], clip_skip: int, new: list[Embedding]) -> Embedded:
+def _for_sd(pipe: DiffusionPipeline, prompts: list[Fragments], clip_skip: int, new: list[Embedding], remember: Remember) -> Embedded:
+    known = _known(remember, "text_encoder", clip_skip, new)
     with taught(pipe.tokenizer, pipe.text_encoder, new, "text_encoder") as tokenizer:
         with _fewer_layers(pipe.text_encoder, clip_skip):
-            embeds = _weighted(tokenizer, pipe.text_encoder, prompts, ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED, pipe._execution_device)
+            embeds = _weighted(tokenizer, pipe.text_encoder, prompts, ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED, pipe._execution_device, known)
         tokens = _count(tokenizer, prompts[0])
-    arguments = {"prompt_embeds": embeds[:1], "negative_prompt_embeds": embeds[1:]}
-    return Embedded(arguments, tokens, 0, [], [one.applied for one in new])
+    return Embedded(_halves("prompt_embeds", embeds), tokens, 0, [], [one.applied for one in new])
 
 
-def _for_sdxl(pipe: DiffusionPipeline, prompts: list[Fragments], clip_skip: int, new: list[Embedding]) -> Embedded:
+def _for_sdxl(pipe: DiffusionPipeline, prompts: list[Fragments], clip_skip: int, new: list[Embedding], remember: Remember) -> Embedded:
     kind = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
     texts = ["".join(text for text, _ in fragments) for fragments in prompts]
     with (
@@ -121,23 +132,28 @@ def _for_sdxl(pipe: DiffusionPipeline, prompts: list[Fragments], clip_skip: int,
         taught(pipe.tokenizer_2, pipe.text_encoder_2, new, "text_encoder_2") as tokenizer_2,
     ):
         parts = []
-        for words, encoder in ((tokenizer, pipe.text_encoder), (tokenizer_2, pipe.text_encoder_2)):
+        for name, words, encoder in (("text_encoder", tokenizer, pipe.text_encoder), ("text_encoder_2", tokenizer_2, pipe.text_encoder_2)):
             with _fewer_layers(encoder, clip_skip):
-                parts.append(_weighted(words, encoder, prompts, kind, pipe._execution_device))
-        pooled = EmbeddingsProvider(tokenizer_2, _Placed(pipe.text_encoder_2, pipe._execution_device)).get_pooled_embeddings(texts)
+                parts.append(_weighted(words, encoder, prompts, kind, pipe._execution_device, _known(remember, name, clip_skip, new)))
+        provider, known = EmbeddingsProvider(tokenizer_2, _Placed(pipe.text_encoder_2, pipe._execution_device)), _known(remember, "pooled", 0, new)
+        pooled = torch.cat([known(text, lambda text=text: (provider.get_pooled_embeddings([text]),))[0] for text in texts])
         tokens = _count(tokenizer, prompts[0])
     embeds = torch.cat(parts, dim=-1)
     notes = ["the pooled text embedding holds the prompt's first 75 tokens; all tokens reach cross-attention"] if tokens > 75 else []
-    arguments = {
-        "prompt_embeds": embeds[:1],
-        "negative_prompt_embeds": embeds[1:],
-        "pooled_prompt_embeds": pooled[:1],
-        "negative_pooled_prompt_embeds": pooled[1:],
-    }
-    return Embedded(arguments, tokens, 0, notes, [one.applied for one in new])
+    return Embedded(_halves("prompt_embeds", embeds) | _halves("pooled_prompt_embeds", pooled), tokens, 0, notes, [one.applied for one in new])
 
 
-def _for_flux(pipe: DiffusionPipeline, prompt: str) -> Embedded:
+def _halves(name: str, rows: Tensor) -> dict[str, Tensor]:
+    """The prompt's, and of two rows the negative prompt's."""
+    return {name: rows[:1]} | ({f"negative_{name}": rows[1:]} if len(rows) > 1 else {})
+
+
+def _known(remember: Remember, what: str, clip_skip: int, new: list[Embedding]) -> Remember:
+    """`remember` for one encoder's embeddings of a text, or of its fragments, in which marks mean what they mean here."""
+    return lambda text, make: remember((what, clip_skip, text, tuple((one.mark, one.sha256) for one in new)), make)
+
+
+def _for_flux(pipe: DiffusionPipeline, prompt: str, remember: Remember) -> Embedded:
     limit = 512
     tokens = len(pipe.tokenizer_2(prompt, truncation=False).input_ids) - 1
     notes = []
@@ -145,22 +161,24 @@ def _for_flux(pipe: DiffusionPipeline, prompt: str) -> Embedded:
         notes.append("prompt weights are plain text to this model")
     if len(pipe.tokenizer(prompt, truncation=False).input_ids) > pipe.tokenizer.model_max_length:
         notes.append("the CLIP embedding holds the prompt's first 75 tokens; T5 reads up to 512")
-    embeds, pooled, _ = pipe.encode_prompt(prompt, None, device=pipe._execution_device, max_sequence_length=limit)
+    embeds, pooled = remember(prompt, lambda: pipe.encode_prompt(prompt, None, device=pipe._execution_device, max_sequence_length=limit)[:2])
     return Embedded({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, tokens, max(0, tokens - (limit - 1)), notes, [])
 
 
-def _weighted(tokenizer: Any, encoder: nn.Module, prompts: list[Fragments], kind: ReturnedEmbeddingsType, device: torch.device) -> Tensor:
+def _weighted(tokenizer: Any, encoder: nn.Module, prompts: list[Fragments], kind: ReturnedEmbeddingsType, device: torch.device, known: Remember) -> Tensor:
     """Embeddings of all prompts, (N, 77 * windows, width), padded to one length with the empty prompt's.
     `device` is where the encoder runs: offloaded, it waits elsewhere."""
     provider = EmbeddingsProvider(tokenizer, _Placed(encoder, device), truncate=False, returned_embeddings_type=kind)
-    each = [
-        provider.get_embeddings_for_weighted_prompt_fragments(
-            text_batch=[[t for t, _ in fragments]], fragment_weights_batch=[[w for _, w in fragments]], device=str(device)
-        )
-        for fragments in prompts
-    ]
+
+    def embedded(fragments: Fragments) -> Tensors:
+        texts, weights = [t for t, _ in fragments], [w for _, w in fragments]
+        return (provider.get_embeddings_for_weighted_prompt_fragments(text_batch=[texts], fragment_weights_batch=[weights], device=str(device)),)
+
+    each = [known(tuple(fragments), partial(embedded, fragments))[0] for fragments in prompts]
     longest = max(e.shape[1] for e in each)
-    empty = provider.empty_z.to(each[0].dtype).reshape(1, -1, each[0].shape[-1])
+    if all(e.shape[1] == longest for e in each):
+        return torch.cat(each)
+    empty = known("", lambda: (provider.empty_z,))[0].to(each[0].dtype).reshape(1, -1, each[0].shape[-1])
     return torch.cat([torch.cat([e, *[empty] * ((longest - e.shape[1]) // empty.shape[1])], dim=1) for e in each])
 
 

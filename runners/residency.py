@@ -10,7 +10,7 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from runners.adapters import Adapters
 from runners.guides import Guided, Guides, Spec
 from runners.loading import Kind
 from runners.motion import Motion
+from runners.remembered import Remembered, Tensors, remember_encodings
 
 log = logging.getLogger("easel.residency")
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -55,12 +56,13 @@ class Resident:
     used: float
     load_s: float
     sha256: str
+    remembered: Remembered
     motion: Motion | None = None
     _made: dict[Kind, DiffusionPipeline] = field(default_factory=dict)
 
     def pipeline(self, kind: Kind, nets: list[torch.nn.Module] | None = None) -> DiffusionPipeline:
         """A pipeline that does `kind`, of this model's components, controlled by ControlNets where there are `nets`. It is
-        the caller's own, to be given a scheduler, and shares the denoiser's passes (runners.stepping).
+        the caller's own, to be given a scheduler; it shares the denoiser's passes (runners.stepping) and encodes no picture twice.
 
         Offloaded by component it is nobody's own, since its hooks know the components: then its scheduler is whichever was put in last.
         """
@@ -76,7 +78,11 @@ class Resident:
             pipe = self._made[kind]
         if getattr(self.base, "_all_hooks", None):
             return pipe
-        return stepping.share_passes(pipe if nets else copy.copy(pipe))
+        return remember_encodings(stepping.share_passes(pipe if nets else copy.copy(pipe)), self.remembered)
+
+    def remember(self, key: Hashable, make: Callable[[], Tensors]) -> Tensors:
+        """What the text encoders have made before of what `key` names, under the LoRAs that act on them now."""
+        return self.remembered.get((self.adapters.reading, key), make)
 
     @property
     def beside(self) -> set[str]:
@@ -86,7 +92,7 @@ class Resident:
     @property
     def bytes(self) -> int:
         """On the device, of the model, the LoRAs beside it (those wait where the model waits) and what else is beside it."""
-        return self.weights_bytes + (0 if self.host_bytes else self.adapters.bytes) + (self.motion.bytes if self.motion else 0) + self.guides.bytes
+        return self.weights_bytes + (0 if self.host_bytes else self.adapters.bytes) + (self.motion.bytes if self.motion else 0) + self.guides.bytes + self.remembered.bytes
 
 
 class Residency:
@@ -153,7 +159,7 @@ class Residency:
         host = total if entry.model.optimise.offload != "none" else 0
         now = time.monotonic()
         adapters = Adapters(base, entry.id, self.lora_budget)
-        return Resident(entry, dtype, base.scheduler, base, adapters, Guides(base, entry, dtype), measured, host, now, now - started, weights.sha256(path, entry.model.variant))
+        return Resident(entry, dtype, base.scheduler, base, adapters, Guides(base, entry, dtype), measured, host, now, now - started, weights.sha256(path, entry.model.variant), Remembered(self.settings.remembered_bytes))
 
     def adapt(self, resident: Resident, loras: list[PlannedLora]) -> list[AppliedLora]:
         """Make exactly these LoRAs act on a model, and make room for them among the other models.
@@ -230,6 +236,7 @@ class Residency:
                 torch_dtype=str(r.dtype).removeprefix("torch."),
                 resident_bytes=r.bytes,
                 host_bytes=r.host_bytes and r.host_bytes + r.adapters.bytes,
+                remembered_bytes=r.remembered.bytes,
                 loras=r.adapters.snapshot(),
                 guides=r.guides.snapshot(),
                 last_used_s_ago=round(now - r.used, 3),
@@ -254,7 +261,10 @@ class Residency:
         return entry.model.idle_timeout_s or self.settings.idle_timeout_s
 
     def _evict(self, room: int, keep: AbstractSet[Key] = frozenset()) -> None:
-        """Unload the least recently used until `room` more bytes fit the budget."""
+        """Until `room` more bytes fit the budget, forget what models remember, then unload the least recently used."""
+        if self.resident_bytes + room > self.budget:
+            for resident in self._residents.values():
+                resident.remembered.clear()
         while self.resident_bytes + room > self.budget:
             candidates = [k for k in self._residents if k not in keep]
             if not candidates:

@@ -111,7 +111,7 @@ class _Diffusion:
         self._step = lambda *_: check(stepped=1)
         if resident.entry.model.family == "sd_x4_upscaler":
             assert plan.upscale is not None
-            embedded = prompts.embed(self._pipe, "sd2", plan)
+            embedded = prompts.embed(self._pipe, "sd2", plan, remember=resident.remember)
             self.tokens, self.cut, self.notes = embedded.tokens, embedded.cut, embedded.notes
             self._arguments: dict[str, Any] = {**embedded.arguments, "noise_level": plan.upscale.noise_level}
         else:  # its pooled embedding comes from the pipeline's own encoding
