@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, cast
 import bentoml
 from starlette.requests import Request
 
-from api import quotas, routing
+from api import probing, quotas, routing
 from api.routing import Runner
 from core import logs, settings, trials
 from core.generation import Generation
@@ -29,9 +29,7 @@ T = TypeVar("T")
 Service = Literal["StableDiffusion", "UniDiffuser"]
 # By the names of the entry's dependencies.
 SERVICES: dict[Service, str] = {"StableDiffusion": "stable_diffusion", "UniDiffuser": "unidiffuser"}
-PROBE_EVERY_S = 2.0
-PROBE_TIMEOUT_S = 3.0
-PROBES_MISSED = 2  # a machine under load may be late once; a dead runner stays so
+ANSWER_S = 3.0
 ATTEMPTS = 2
 GONE = "runner-gone"
 
@@ -128,7 +126,7 @@ async def _generated(plan: Plan, request: Request | None, able: dict[str, Runner
             worker = await routing.choose(able, plan.model_id)
             try:
                 with routing.in_hand(worker, plan.model_id):
-                    generation = await _watched(able[worker], plan, gone)
+                    generation = await _watched(worker, able[worker], plan, gone)
                 break
             except Problem as problem:
                 if not problem.details.type.endswith(GONE) or len(able) == 1:
@@ -145,29 +143,19 @@ async def _generated(plan: Plan, request: Request | None, able: dict[str, Runner
     return generation
 
 
-async def _watched(target: Runner, plan: Plan, gone: asyncio.Future[None]) -> Generation:
+async def _watched(worker: str, target: Runner, plan: Plan, gone: asyncio.Future[None]) -> Generation:
     """The runner's answer, as long as the client stays and the runner lives."""
     work: asyncio.Future[Generation] = asyncio.ensure_future(_submit(target, plan))
-    missed = 0
     try:
-        while True:
-            waiting: set[asyncio.Future[Any]] = {work, gone}
-            await asyncio.wait(waiting, timeout=PROBE_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                break
-            if gone.done():
-                await _answer(lambda: target.cancel(plan.id))
-                raise cancelled()
-            try:
-                await asyncio.wait_for(target.status(), PROBE_TIMEOUT_S)
-                missed = 0
-            except TimeoutError:
-                missed += 1
-                if missed == PROBES_MISSED:
-                    raise _gone() from None
-            except Exception:  # a runner that shuts down takes no new connection, and finishes what it has;
-                log.debug("no new connection to the runner")  # if it dies, the work's own connection breaks
-        return work.result()
+        with probing.death(worker, target) as death:
+            waiting: set[asyncio.Future[Any]] = {work, gone, death}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        if gone.done():
+            await _answer(lambda: target.cancel(plan.id))
+            raise cancelled()
+        raise _gone()
     finally:
         if not work.done():
             work.cancel()
@@ -202,7 +190,7 @@ async def _answer(call: Callable[[], Awaitable[T]]) -> T:
     """A short call, bounded (while a runner restarts, calls to it hang) and tried twice (see `_submit`)."""
     for attempt in range(ATTEMPTS):
         try:
-            return await asyncio.wait_for(_reach(call()), PROBE_TIMEOUT_S)
+            return await asyncio.wait_for(_reach(call()), ANSWER_S)
         except TimeoutError:
             raise _gone() from None
         except Problem:

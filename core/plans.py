@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -184,6 +185,17 @@ class Plan(BaseModel):
         return first + (self.hires.steps if self.hires else 0)
 
     @property
+    def identity(self) -> bytes:
+        """Plans with equal ones ask for the very same: all is alike but ids and deadline."""
+        digest = hashlib.sha256(self.model_dump_json(exclude={"id", "request_id", "deadline_s"} | _PICTURES).encode())
+        for name in sorted(_PICTURES):
+            given = getattr(self, name)
+            for pixels in given if isinstance(given, list) else [given] if given else []:
+                digest.update(f"{name} {pixels.width}x{pixels.height}".encode())
+                digest.update(pixels.data)
+        return digest.digest()
+
+    @property
     def batch_key(self) -> str:
         """Plans with equal keys can share a batch: all but prompts, seeds and input pictures is alike."""
         return f"{self.image is None} {self.inpainting is None} {self.model_dump_json(exclude=_OWN)}"
@@ -194,6 +206,7 @@ class Plan(BaseModel):
         return self.model_dump_json(exclude=_OWN | _OWN_STEPS)
 
 
+_PICTURES = {"image", "mask", "images", "control_images", "ip_adapter_images"}
 # What may differ between plans whose pictures are one batch from the first step to the last,
 _OWN = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "control_images", "ip_adapter_images", "deadline_s", "notes", "experiment", "request_id"}
 # and between those that share single steps.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from core.requests import GenerationRequest
 from core.settings import Settings
 from core.status import RunnerStatus
 from core.upscaling import UpscaleRequest
+from runners.sharing import InHand
 
 if TYPE_CHECKING:
     from runners.device import Device
@@ -45,6 +47,7 @@ class DiffusionRunner:
         self.device: Device = Device(settings, self.catalogue)
         self._fetching: dict[str, asyncio.Task[Path]] = {}
         self._preparing: dict[str, asyncio.Task[dict[str, Path]]] = {}
+        self._in_hand = InHand(self.device.queue.cancel, self.device.queue.per_key)
         self._cold = set(models.warm_up)
 
     @bentoml.on_startup
@@ -73,8 +76,9 @@ class DiffusionRunner:
 
     async def _done(self, plan: Plan) -> Generation:
         try:
+            began = time.monotonic()
             paths = await self._prepared(plan)
-            return await asyncio.wrap_future(self.device.submit(plan, paths[plan.model_id], paths))
+            return await self._in_hand.done(plan, lambda plan: self.device.submit(plan, paths[plan.model_id], paths), time.monotonic() - began)
         except problems.Problem as problem:
             return Generation(problem=problem.details)
         except TimeoutError:
@@ -90,7 +94,7 @@ class DiffusionRunner:
         """Stop a plan, waiting (for its model's files or its turn) or at its next step; False where it is unknown or done."""
         if waiting := self._preparing.get(plan_id):
             return waiting.cancel()
-        return self.device.queue.cancel(plan_id)
+        return self._in_hand.leave(plan_id)
 
     @bentoml.api(route="/internal/unload")
     async def unload(self, model_id: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from api import backend, reading
+from api import backend, probing, reading
 from core.catalogue import Catalogue
 from core.draining import Draining
 from core.generation import Generation
@@ -56,13 +56,14 @@ class Elsewhere:
     """A runner that draws for half a second and whose status answers, hangs or has no connection, in turn."""
 
     def __init__(self, answers: list[str]) -> None:
-        self.answers = answers
+        self.answers, self.asked = answers, 0
 
     async def run(self, _: Plan) -> Generation:
         await asyncio.sleep(0.5)
         return Generation(seeds=[1])
 
     async def status(self) -> None:
+        self.asked += 1
         answer = self.answers.pop(0) if self.answers else "well"
         if answer == "hangs":
             await asyncio.Event().wait()
@@ -72,8 +73,8 @@ class Elsewhere:
 
 @pytest.mark.parametrize(("answers", "kept"), [(["hangs", "well", "hangs"], True), (["refuses"] * 20, True), (["hangs"] * 20, False)])
 def test_only_a_runner_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, answers: list[str], kept: bool) -> None:
-    monkeypatch.setattr(backend, "PROBE_EVERY_S", 0.05)
-    monkeypatch.setattr(backend, "PROBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(probing, "EVERY_S", 0.05)
+    monkeypatch.setattr(probing, "TIMEOUT_S", 0.05)
     monkeypatch.setattr(backend, "workers_of", lambda _: {"StableDiffusion": Elsewhere(list(answers))})
     if kept:
         assert asyncio.run(backend.generate(plan(), None)).seeds == [1]
@@ -81,3 +82,18 @@ def test_only_a_runner_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, a
         with pytest.raises(Problem) as caught:
             asyncio.run(backend.generate(plan(), None))
         assert caught.value.details.status == 503
+
+
+def test_all_who_wait_for_a_runner_ask_together_whether_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "EVERY_S", 0.1)
+    runner = Elsewhere([])
+    monkeypatch.setattr(backend, "workers_of", lambda _: {"StableDiffusion": runner})
+
+    async def wait() -> None:
+        await asyncio.gather(*(backend.generate(plan(), None) for _ in range(50)))
+        asked = runner.asked
+        assert 1 <= asked <= 5  # of the half second that each takes, a tenth apart
+        await asyncio.sleep(0.25)
+        assert runner.asked == asked  # nobody waits, and nobody asks
+
+    asyncio.run(wait())
