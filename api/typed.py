@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import bentoml
 from fastapi import APIRouter, Request
+from pydantic import Field
 
 from api import answering, drawing, loras, reading
 from api.answering import GenerationResponse
-from core import images, settings
+from core import settings
 from core.catalogue import Catalogue
 from core.loras import keeping
 from core.loras.messages import Added, AddLora, Listing, Removed, RemoveLora
@@ -38,42 +39,55 @@ def _body(*parts: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}}}
 
 
-class Img2ImgInput(GenerationRequest):
-    """A GenerationRequest with its input picture."""
+File = Annotated[Path, bentoml.validators.ContentType("image/*")]
 
-    image: Annotated[Path, bentoml.validators.ContentType("image/*")]
+
+class Txt2ImgInput(GenerationRequest):
+    """A GenerationRequest with the pictures that guide it, if any."""
+
+    control_image: list[File] = Field(default_factory=list)
+    ip_adapter_image: list[File] = Field(default_factory=list)
+
+
+class Img2ImgInput(Txt2ImgInput):
+    """The same with an input picture."""
+
+    image: File
 
 
 class InpaintInput(Img2ImgInput):
-    """A GenerationRequest with its input picture and mask."""
+    """The same with an input picture and a mask."""
 
-    mask: Annotated[Path, bentoml.validators.ContentType("image/*")]
+    mask: File
 
 
 class TypedApis:
     """The declarations, for a BentoML service to inherit. Called in this process (never over
     HTTP: see above), they do as the routes do."""
 
-    @bentoml.api(input_spec=GenerationRequest)  # type: ignore[untyped-decorator]
+    @bentoml.api(input_spec=Txt2ImgInput)  # type: ignore[untyped-decorator]
     async def txt2img(self, **values: Any) -> GenerationResponse:
-        """Draw pictures from a prompt."""
-        return await _draw(reading.parse(values), None)
+        """Draw pictures from a prompt, and what guides it."""
+        uploads, wanted = _uploads(values), reading.parse(values)
+        return await _draw(wanted, reading.pictures(uploads, settings.load().limits))
 
     @bentoml.api(input_spec=Img2ImgInput)  # type: ignore[untyped-decorator]
-    async def img2img(self, image: Path, **values: Any) -> GenerationResponse:
+    async def img2img(self, **values: Any) -> GenerationResponse:
         """Draw pictures from a prompt and an input picture."""
-        return await _draw(reading.parse(values), Inputs(image=images.decode(image.read_bytes(), settings.load().limits)))
+        uploads, wanted = _uploads(values), reading.parse(values)
+        return await _draw(wanted, reading.pictures(uploads, settings.load().limits))
 
     @bentoml.api(input_spec=InpaintInput)  # type: ignore[untyped-decorator]
-    async def inpaint(self, image: Path, mask: Path, **values: Any) -> GenerationResponse:
+    async def inpaint(self, **values: Any) -> GenerationResponse:
         """Repaint what is white in `mask`."""
-        return await _draw(reading.parse(values), reading.pictures({"image": [image.read_bytes()], "mask": [mask.read_bytes()]}, settings.load().limits))
+        uploads, wanted = _uploads(values), reading.parse(values)
+        return await _draw(wanted, reading.painted(wanted, uploads, settings.load().limits))
 
     @bentoml.api(input_spec=Img2ImgInput)  # type: ignore[untyped-decorator]
-    async def outpaint(self, image: Path, **values: Any) -> GenerationResponse:
+    async def outpaint(self, **values: Any) -> GenerationResponse:
         """Draw beyond the picture's sides (outpaint_left, ...)."""
-        wanted = reading.parse(values)
-        return await _draw(wanted, reading.painted(wanted, {"image": [image.read_bytes()]}, settings.load().limits))
+        uploads, wanted = _uploads(values), reading.parse(values)
+        return await _draw(wanted, reading.painted(wanted, uploads, settings.load().limits))
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop_adding(self) -> None:
@@ -120,6 +134,12 @@ async def inpaint(request: Request) -> GenerationResponse:
     wanted, uploads = await reading.read_as(GenerationRequest, request, reading.PARTS)
     inputs = await asyncio.to_thread(reading.painted, wanted, uploads, request.app.state.settings.limits)
     return await _draw(wanted, inputs, request)
+
+
+def _uploads(values: dict[str, Any]) -> dict[str, list[bytes]]:
+    """The files of a call in this process, taken out of its values, by the names of their parts."""
+    given = {part: values.pop(part) for part in reading.PARTS if part in values}
+    return {part: [path.read_bytes() for path in (paths if isinstance(paths, list) else [paths])] for part, paths in given.items()}
 
 
 async def _draw(wanted: GenerationRequest, inputs: Inputs | None, request: Request | None = None) -> GenerationResponse:
