@@ -20,7 +20,7 @@ from simple_di.providers import SingletonFactory
 from yaml import YAMLError
 
 from api import animate, app, backend, gate, multimodal, quotas, typed, upscaling
-from core import logs, settings
+from core import logs, settings, tracing
 from core.auth import Keys, NoKeys
 from core.draining import Draining
 from core.model_settings import Models, Queue
@@ -49,6 +49,7 @@ try:
     configured = settings.load()
     keys = Keys(configured, settings.secrets())
     stable_diffusion_places, unidiffuser_places = place(configured)
+    tracing.configure()
 except (NoKeys, FileNotFoundError, ValueError, SettingsError, YAMLError) as error:
     raise SystemExit(f"Easel cannot start. {error}") from None
 logs.configure(configured.server)

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from core import tracing
 from core.plans import Pixels
 from core.problems import Problem, invalid_field, problem
 from core.requests import ImageFormat
@@ -162,6 +163,7 @@ def to_pil(pixels: Pixels) -> Image.Image:
     return Image.frombytes("RGB", (pixels.width, pixels.height), pixels.data)
 
 
+@tracing.span("encode")
 def encode(pixels: Pixels, format: ImageFormat, quality: int = 90, texts: dict[str, str] | None = None) -> bytes:
     """A picture file.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import bentoml
 
-from core import logs, metrics, problems, upscaling
+from core import logs, metrics, problems, tracing, upscaling
 from core.catalogue import Catalogue
 from core.draining import Draining
 from core.generation import Generation
@@ -78,7 +78,11 @@ class DiffusionRunner:
         try:
             began = time.monotonic()
             paths = await self._prepared(plan)
-            return await self._in_hand.done(plan, lambda plan: self.device.submit(plan, paths[plan.model_id], paths), time.monotonic() - began)
+            submitted = time.time_ns()
+            generation = await self._in_hand.done(plan, lambda plan: self.device.submit(plan, paths[plan.model_id], paths), time.monotonic() - began)
+            if generation.ran:
+                tracing.stages(generation.ran.timing, submitted)
+            return generation
         except problems.Problem as problem:
             return Generation(problem=problem.details)
         except TimeoutError:
