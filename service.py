@@ -24,7 +24,7 @@ from core import logs, settings, tracing
 from core.auth import Keys, NoKeys
 from core.draining import Draining
 from core.model_settings import Models, Queue
-from core.placement import Place, gpus_seen, places, share
+from core.placement import Place, elsewhere, gpus_seen, places, share
 from core.settings import Settings
 from runners.diffusion import DiffusionRunner
 
@@ -40,8 +40,10 @@ def place(settings: Settings) -> tuple[list[Place], list[Place]]:
     """Where the workers of Stable Diffusion and of UniDiffuser run."""
     gpus, dealt = gpus_seen(len(system_resources()["nvidia.com/gpu"]), os.environ)
     runners = {"StableDiffusion": (settings.stable_diffusion, settings.models), "UniDiffuser": (settings.unidiffuser, settings.unidiffuser)}
-    total = sum(r.workers if isinstance(r.workers, int) else 0 for r, _ in runners.values())
-    sd, uni = (places(name, r.workers, models, share(r.gpu, total, gpus), gpus, dealt) for name, (r, models) in runners.items())
+    total = sum(r.workers if isinstance(r.workers, int) and not r.urls else 0 for r, _ in runners.values())
+    sd, uni = (
+        elsewhere(name, r.urls) or places(name, r.workers, models, share(r.gpu, total, gpus), gpus, dealt) for name, (r, models) in runners.items()
+    )
     return sd, uni
 
 
@@ -109,6 +111,7 @@ def on(models: Models, place: Place) -> Models:
 StableDiffusion, *_more_stable_diffusion = map(stable_diffusion, stable_diffusion_places)
 UniDiffuser, *_more_unidiffuser = map(unidiffuser, unidiffuser_places)
 _workers = [StableDiffusion, *_more_stable_diffusion, UniDiffuser, *_more_unidiffuser]
+_urls = {place.name: place.url for place in (*stable_diffusion_places, *unidiffuser_places)}
 
 
 class _Entry(typed.TypedApis, animate.AnimationApis, upscaling.UpscaleApi, multimodal.MultimodalApis):
@@ -117,11 +120,11 @@ class _Entry(typed.TypedApis, animate.AnimationApis, upscaling.UpscaleApi, multi
     @bentoml.on_startup
     async def begin(self) -> None:
         draining.install()
-        await backend.lift_limits(self)
+        await backend.connect(self, {name for name, url in _urls.items() if url}, settings.secrets().runner_key.get_secret_value())
 
 
 for worker in _workers:
-    setattr(_Entry, backend.attribute(worker.name), bentoml.depends(worker))
+    setattr(_Entry, backend.attribute(worker.name), bentoml.depends(worker, url=_urls[worker.name]))  # those with an address are not started here
 ImageGeneration = bentoml.service(name="ImageGeneration", traffic=traffic(configured.unidiffuser.queue), **common)(bentoml.asgi_app(http)(_Entry))
 
 door: dict[str, Any] = {"settings": configured, "keys": keys, "quotas": quotas.of_process(), "http": http, "draining": draining}

@@ -66,11 +66,14 @@ def workers_of(name: Service) -> dict[str, Runner]:
     return own
 
 
-async def lift_limits(entry: Any) -> None:
+async def connect(entry: Any, elsewhere: set[str], key: str) -> None:
     """Let every call through from the entry to the workers, whose queues have bounds of their own. aiohttp keeps to 100 connections
-    at once, and the next call, a probe, say, would wait for a picture to be done."""
-    for runner in _dependencies(entry).values():
-        session = await cast(Any, runner)._async._session_manager.get_session()
+    at once, and the next call, a probe, say, would wait for a picture to be done. The key is shown to those that are served elsewhere."""
+    for name, runner in _dependencies(entry).items():
+        sessions = cast(Any, runner)._async._session_manager
+        if name in elsewhere:
+            sessions._headers = {**sessions._headers, "Authorization": f"Bearer {key}"}
+        session = await sessions.get_session()
         session.connector._limit = 0
 
 
@@ -170,8 +173,9 @@ async def _submit(target: Runner, plan: Plan) -> Generation:
     for attempt in range(ATTEMPTS):
         try:
             return await _reach(target.run(plan))
-        except Problem:
+        except Problem as problem:
             if attempt + 1 == ATTEMPTS:
+                log.error("the runner did not answer: %s", type(problem.__cause__).__name__)
                 raise
             await _answer(lambda: target.cancel(plan.id))
     raise AssertionError("unreachable")
@@ -205,7 +209,6 @@ async def _reach(call: Awaitable[T]) -> T:
     except (Problem, TimeoutError, asyncio.CancelledError):
         raise
     except Exception as error:
-        log.error("the runner did not answer: %s", type(error).__name__)
         raise _gone() from error
 
 

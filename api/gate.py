@@ -23,6 +23,7 @@ from api import backend, errors, links
 from core import logs, metrics, problems
 from core.auth import Caller, Keys
 from core.draining import Draining
+from core.placement import elsewhere
 from core.plans import Task
 from core.problems import Problem, problem
 from core.quotas import Quotas
@@ -40,6 +41,7 @@ TYPED = ("/txt2img", "/img2img", "/inpaint", "/outpaint", "/upscale", "/animate"
 DIRECT = {**{path: path for path in TYPED}, "/docs.json": "/openapi.json"}
 _PROBED = ("/livez", "/healthz", "/readyz", "/metrics")
 _OWN = ("/livez", "/healthz", "/readyz", "/docs", "/openapi.json")
+_INTERNAL = "/internal"  # what an entry calls of its workers
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -55,6 +57,8 @@ class Gate:
     def __init__(self, app: ASGIApp, *, settings: Settings, keys: Keys, quotas: Quotas, http: FastAPI, draining: Draining) -> None:
         self.app, self.http, self.settings, self.keys, self.quotas, self.draining = app, http, settings, keys, quotas, draining
         self._met: set[str] = set()
+        # Those come and go with their own replicas; one that works is enough.
+        self._elsewhere = {place.name for name, urls in (("StableDiffusion", settings.stable_diffusion.urls), ("UniDiffuser", settings.unidiffuser.urls)) for place in elsewhere(name, urls)}
         self.public = {"/metrics"} if settings.auth.public_metrics else set()
         if settings.auth.public_docs:
             self.public |= {"/docs", "/openapi.json", "/docs.json", "/docs/oauth2-redirect"}
@@ -83,7 +87,7 @@ class Gate:
         method = scope["method"] if scope["method"] in _METHODS else metrics.OTHER
         metrics.REQUESTS.labels(service, route, method, status).inc()
         metrics.REQUEST_SECONDS.labels(service, route).observe(seconds)
-        if scope["path"] not in _PROBED:
+        if scope["path"] not in _PROBED and not scope["path"].startswith(_INTERNAL):
             caller = scope.get("state", {}).get("caller")
             more = {"path": scope["path"][:200]} if route == metrics.OTHER else {}
             told = {"method": method, "route": route, "status": status, "duration_ms": round(1000 * seconds, 1), "key": caller.id if caller else None, **more, **logs.noted()}
@@ -93,6 +97,8 @@ class Gate:
         """A path as the OpenAPI document has it, or "other": what callers make up is no label."""
         if path in _OWN or path in DIRECT:
             return path
+        if path.startswith(_INTERNAL):
+            return _INTERNAL
         return next((r.path_format for r in self.http.state.routes if r.path_regex.match(path)), metrics.OTHER)
 
     async def _serve(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
@@ -103,11 +109,17 @@ class Gate:
         if path == "/readyz":
             await self._ready(answer)
             return
+        if path.startswith(_INTERNAL) and self.keys.entry(_headers(scope)):
+            if _headers(scope).get("content-type", "").partition(";")[0] != "application/json":  # BentoML would read pickles
+                raise problem(415, "unsupported-media-type", "Unsupported media type", "An entry sends application/json.")
+            await self.app(scope, receive, answer)
+            await answer.finish()
+            return
         if path not in self.public and not links.opens(path):
             scope.setdefault("state", {})["caller"] = caller = self._admit(scope)
             if scope["method"] == "POST":
                 answer.extra = await self.quotas.request(caller)
-        if path.startswith("/internal"):
+        if path.startswith(_INTERNAL):
             raise problem(404, "not-found", "Not found", f"There is no {path[:200]}.")
         if self.draining.active and (scope["method"] == "POST" or path in ADMIN_PATHS):
             raise self.draining.refuse()
@@ -129,7 +141,7 @@ class Gate:
             raise self.draining.refuse()
         states = {name: _state(status) for name, status in (await backend.statuses()).items()}
         self._met |= {name for name, state in states.items() if state == "ready"}
-        new = {name: state for name, state in states.items() if name not in self._met}
+        new = {name: state for name, state in states.items() if name not in self._met | self._elsewhere}
         if "warming up" in new.values():
             raise problems.unavailable("Models are being warmed up.", retry_after=5, slug="warming-up")
         if new or "ready" not in states.values():
@@ -144,7 +156,7 @@ class Gate:
             Problem: 401 without a valid key, 403 for a user key on an admin path. Without keys, 403 for
                 who is not on this machine, and for pages of other sites in a browser that is.
         """
-        headers = {name.decode("latin-1").lower(): value.decode("utf-8", "surrogateescape") for name, value in scope["headers"]}
+        headers = _headers(scope)
         if self.keys.off and not _is_local(scope):
             raise problem(403, "auth-off", "Forbidden", "auth.mode is off, which serves loopback addresses only. Configure keys to serve others.")
         if self.keys.off and headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
@@ -241,6 +253,10 @@ def _state(status: RunnerStatus | Problem) -> str:
     if status.draining:
         return "shutting down"
     return "ready" if status.ready else "warming up"
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("utf-8", "surrogateescape") for name, value in scope["headers"]}
 
 
 def _asked_for(scope: Scope) -> str | None:

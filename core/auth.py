@@ -51,6 +51,9 @@ class Keys:
         for role, secret in (("admin", secrets.admin_api_key), ("user", secrets.api_key)):
             for key in _separate(secret):
                 self._keys.append((key.encode(), Caller(_identity(key), "admin" if role == "admin" else "user")))
+        self._entry = secrets.runner_key.get_secret_value().strip().encode()
+        if not self._entry and (settings.stable_diffusion.urls or settings.unidiffuser.urls):
+            raise NoKeys("Workers are served elsewhere (urls), and RUNNER_KEY is not set, which the entry shows to them.")
         if not self._keys and not self.off:
             raise NoKeys(
                 "No API key is configured. Set API_KEY and ADMIN_API_KEY in the environment or in .env "
@@ -62,15 +65,24 @@ class Keys:
         every wrong key: all keys are compared, each in constant time."""
         if self.off:
             return ANYONE
-        given = headers.get("x-api-key", "")
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        if not given and scheme.lower() == "bearer":
-            given = token.strip()
+        given = _given(headers)
         found = None
         for key, caller in self._keys:
-            if hmac.compare_digest(key, given.encode("utf-8", "surrogateescape")) and found is None:
+            if hmac.compare_digest(key, given) and found is None:
                 found = caller
         return found
+
+    def entry(self, headers: dict[str, str]) -> bool:
+        """Whether the headers prove an entry that is served elsewhere (RUNNER_KEY)."""
+        return bool(self._entry) and hmac.compare_digest(self._entry, _given(headers))
+
+
+def _given(headers: dict[str, str]) -> bytes:
+    given = headers.get("x-api-key", "")
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if not given and scheme.lower() == "bearer":
+        given = token.strip()
+    return given.encode("utf-8", "surrogateescape")
 
 
 def _separate(secret: SecretStr) -> list[str]:

@@ -97,7 +97,7 @@ class Ran(BaseModel):
 class Vector(BaseModel):
     """A tensor as it travels between processes: float32, little-endian, row by row."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_bytes="base64", val_json_bytes="base64")
     shape: tuple[int, ...]
     data: bytes
 

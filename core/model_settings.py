@@ -15,6 +15,7 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 Count = Annotated[int, Field(ge=1)]
 Device = Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
 Workers = Annotated[int, Field(ge=1, le=64)] | Annotated[list[Device], Field(min_length=1)]
+Addresses = Annotated[list[Annotated[str, Field(pattern=r"^https?://[^/?#@]+$")]], Field(max_length=64)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -171,10 +172,12 @@ class Animation(Section):
 
 class Runner(Section):
     """Where a runner runs: how many workers it has, or on which devices, and the GPUs of each, or the
-    share of one. `gpu: null` takes one where each worker can have one, and a part where they share."""
+    share of one. `gpu: null` takes one where each worker can have one, and a part where they share.
+    `urls`: of workers that are served elsewhere, in the place of any here."""
 
     workers: Workers = 1
     gpu: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    urls: Addresses = []
 
 
 class UniDiffuser(Models):
@@ -184,4 +187,5 @@ class UniDiffuser(Models):
     max_batch: Count = 8
     workers: Workers = 1
     gpu: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    urls: Addresses = []
     queue: Queue | None = None

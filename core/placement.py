@@ -7,7 +7,7 @@ share a socket, and nobody could choose which of them gets a request.
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
 from core.model_settings import Models, Workers
@@ -19,11 +19,13 @@ MAX_WORKERS = 64
 @dataclass(frozen=True)
 class Place:
     """A worker's place. `device` as in settings (None: the best that the process sees); `gpu`, how many
-    GPUs, or what share of one, BentoML sets aside for it."""
+    GPUs, or what share of one, BentoML sets aside for it; `url`, where it
+    is served already."""
 
     name: str
     device: str | None
     gpu: float
+    url: str | None = None
 
 
 def gpus_seen(there: int, environment: MutableMapping[str, str]) -> tuple[int, bool]:
@@ -75,6 +77,11 @@ def places(name: str, workers: Workers, models: Models, gpu: float, gpus: int, d
         if missing := models.needs(max(1, int(place.gpu)) if on_gpu else 0):
             raise ValueError(f"{place.name} cannot have its models optimised so. {'. '.join(missing)}")
     return found
+
+
+def elsewhere(name: str, urls: Sequence[str]) -> list[Place]:
+    """A place for each worker that is served at an address of its own."""
+    return [Place(_numbered(name, i), None, 0, url) for i, url in enumerate(urls)]
 
 
 def runner_of(worker: str) -> str:

@@ -17,7 +17,7 @@ Task = Literal["generate", "caption", "embed", "joint", "image", "text", "image_
 class Pixels(BaseModel):
     """An RGB picture as it travels between processes: 8 bits a channel, row by row."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_bytes="base64", val_json_bytes="base64")
     width: int
     height: int
     data: bytes

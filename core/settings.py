@@ -234,6 +234,7 @@ class Secrets(BaseSettings):
     hf_token: SecretStr = SecretStr("")
     civit_key: SecretStr = SecretStr("")
     llm_api_key: SecretStr = SecretStr("")
+    runner_key: SecretStr = SecretStr("")
 
     @classmethod
     def settings_customise_sources(
