@@ -58,6 +58,7 @@ class Ran(BaseModel):
     family: str
     scheduler: str
     schedule: str | None
+    own_scheduler: bool = False  # the model's own, since none was named; by its name it might be set otherwise
     torch_dtype: str
     device: str
     num_inference_steps: int

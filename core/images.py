@@ -10,6 +10,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -65,6 +66,45 @@ def transparency(data: bytes, limits: Limits, field: str = "image") -> Pixels | 
         return None if alpha is None else _pixels(ImageOps.invert(alpha).convert("RGB"))
 
     return _decoded(data, limits, field, inverted)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a picture file says of itself: its size as it is shown, and its texts by their keywords."""
+
+    format: str  # of FORMATS
+    width: int
+    height: int
+    texts: dict[str, str]
+
+
+def describe(data: bytes, limits: Limits, field: str = "image") -> Description:
+    """A picture's metadata: the text chunks of a PNG, and what is in EXIF UserComment as `parameters`.
+
+    Raises:
+        Problem: as `_decoded`.
+    """
+
+    def read(opened: Image.Image) -> Description:
+        texts = {str(key): str(value) for key, value in opened.info.items() if isinstance(key, str) and isinstance(value, str)}
+        exif = opened.getexif()
+        comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+        if isinstance(comment, bytes) and (text := _user_comment(comment)):
+            texts.setdefault("parameters", text)
+        width, height = opened.size if exif.get(ExifTags.Base.Orientation, 1) not in (5, 6, 7, 8) else opened.size[::-1]
+        return Description(opened.format or "", width, height, texts)
+
+    return _decoded(data, limits, field, read)
+
+
+def _user_comment(comment: bytes) -> str:
+    """The text of an EXIF UserComment. A1111 writes UTF-16, big-endian; some write it the other way round, or plain text."""
+    code, body = comment[:8], comment[8:]
+    if code == b"UNICODE\x00":
+        if body[:2] in (b"\xfe\xff", b"\xff\xfe"):
+            return body.decode("utf-16", "replace")
+        return body.decode("utf-16-be" if body[::2].count(0) >= body[1::2].count(0) else "utf-16-le", "replace")
+    return (body if code in (b"ASCII\x00\x00\x00", bytes(8)) else comment).decode("utf-8", "replace").strip("\x00")
 
 
 def _transparency(image: Image.Image) -> Image.Image | None:

@@ -1,24 +1,27 @@
 """What a picture says of itself: A1111's `parameters` text, and a JSON record.
 
-The text follows A1111's infotext, so that its users' tools (and PNG Info) read it; the JSON
-record beside it has everything, for replay.
+The text follows A1111's infotext (core.infotext), so that its users' tools (and PNG Info) read it; the JSON
+record beside it has everything, for core.replay.
 """
 
 from __future__ import annotations
 
 import json
 
-from core import embeddings
-from core.generation import Generation, Ran
+from pydantic import ValidationError
+
+from core import embeddings, infotext
+from core.generation import Generation, Ran, Timing
 from core.guides import Control
 from core.inpainting import SIDES, Inpainting
 from core.plans import Animation, Hires
 
 
-def _quote(value: object) -> str:
-    """A1111's rule: a value with a comma, a colon or a line break is JSON-quoted."""
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ",:\n") else text
+class Record(Ran):
+    """The JSON record of a picture: what ran, and its seed."""
+
+    seed: int
+    timing: Timing = Timing()
 
 
 def of_picture(ran: Ran, picture: int) -> Ran:
@@ -40,7 +43,7 @@ def parameters(ran: Ran, seed: int) -> str:
     strength = ran.hires.strength if ran.hires else ran.strength
     hashes = ", ".join(f"{lora.name}: {lora.sha256[:10]}" for lora in ran.loras)
     if ran.upscale and not ran.num_inference_steps:
-        return _line(_upscaled(ran))
+        return infotext.line(_upscaled(ran))
     settings: dict[str, object] = {
         "Steps": ran.num_inference_steps,
         "Sampler": ran.scheduler,
@@ -64,11 +67,8 @@ def parameters(ran: Ran, seed: int) -> str:
         **(_upscaled(ran) if ran.upscale else {}),
         "Version": f"easel {ran.libraries['easel']}",
     }
-    lines = [" ".join([ran.prompt, *(f"<lora:{lora.name}:{lora.weight:g}>" for lora in ran.loras)]).strip()]
-    if ran.negative_prompt:
-        lines.append(f"Negative prompt: {ran.negative_prompt}")
-    lines.append(_line(settings))
-    return "\n".join(lines)
+    tagged = " ".join([ran.prompt, *(f"<lora:{lora.name}:{lora.weight:g}>" for lora in ran.loras)]).strip()
+    return infotext.write(tagged, ran.negative_prompt, settings)
 
 
 def _animation(animation: Animation) -> dict[str, object]:
@@ -87,10 +87,6 @@ def _inpainting(inpainting: Inpainting) -> dict[str, object]:
         "Masked area padding": inpainting.padding,
         **sides,
     }
-
-
-def _line(settings: dict[str, object]) -> str:
-    return ", ".join(f"{key}: {_quote(value)}" for key, value in settings.items() if value is not None)
 
 
 def _hires(hires: Hires) -> dict[str, object]:
@@ -118,6 +114,14 @@ def record(ran: Ran, seed: int) -> dict[str, object]:
     """Everything that ran, as plain JSON. The time it took is no part of it: the same request
     gives the same bytes."""
     return {**ran.model_dump(exclude={"timing"}), "seed": seed}
+
+
+def read_record(text: str) -> Record | None:
+    """The record that a picture's text holds; None where it is none, or another version's that says less."""
+    try:
+        return Record.model_validate_json(text)
+    except ValidationError:
+        return None
 
 
 def texts(generation: Generation, index: int) -> dict[str, str]:

@@ -172,6 +172,7 @@ def told(
         family=model.family,
         scheduler=named.sampler,
         schedule=named.schedule,
+        own_scheduler=plan.scheduler is None,
         torch_dtype=str(resident.dtype).removeprefix("torch."),
         device=str(resident.base._execution_device),
         num_inference_steps=plan.num_inference_steps,
