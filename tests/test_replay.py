@@ -18,7 +18,7 @@ from core.images import Description
 from core.plans import Pixels
 from core.problems import Problem
 from core.replay import Replay
-from core.settings import Limits, Settings
+from core.settings import ROOT, Limits, Settings
 from tests.conftest import Server, serving
 from tests.test_images import saved
 
@@ -37,7 +37,7 @@ def catalogue() -> Catalogue:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("replay"), {}) as running:
+    with serving(tmp_path_factory.mktemp("replay"), {"loras": {"registry": str(ROOT / "lora_list.json")}}) as running:
         yield running
 
 
