@@ -153,7 +153,7 @@ def _of_infotext(text: str, catalogue: Catalogue) -> Replay:
         replay.unmet.append("[from:to:when], AND and BREAK in a prompt are plain text here")
     _put(replay, negative_prompt=said.negative_prompt or None)
     if size := _SIZE.fullmatch(left.pop("Size", "")):
-        _put(replay, width=size[1], height=size[2])
+        _put(replay, width=int(size[1]), height=int(size[2]))
     if sampler := left.pop("Sampler", None):
         _put(replay, scheduler=f"{sampler} {left.pop('Schedule type', '')}".strip())
     if (skip := left.pop("Clip skip", "1")) not in ("0", "1"):
@@ -195,9 +195,9 @@ def _hires(replay: Replay, left: dict[str, str]) -> None:
         del left["Hires steps"]
     wanted = _SIZE.fullmatch(left.pop("Hires resize", ""))
     if wanted and "Hires upscale" not in left and "width" in replay.request:
-        scale = int(wanted[1]) / max(1, int(replay.request["width"]))
+        scale = int(wanted[1]) / max(1, replay.request["width"])
         left["Hires upscale"] = f"{scale:g}"
-        if round(int(replay.request["height"]) * scale) != int(wanted[2]):
+        if round(replay.request["height"] * scale) != int(wanted[2]):
             replay.unmet.append(f"Hires resize ({wanted[0]}) changes the picture's shape, which is kept here")
 
 

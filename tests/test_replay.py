@@ -95,6 +95,8 @@ def test_other_programs_user_comments_are_read(comment: bytes) -> None:
 
 # From A1111's text to a request.
 
+ANY = Catalogue(Settings())
+
 
 def test_a1111s_settings_get_the_names_they_have_here(catalogue: Catalogue) -> None:
     found = read(A1111, catalogue)
@@ -154,7 +156,7 @@ def test_loras_that_are_not_here_are_left_out_and_told(catalogue: Catalogue) -> 
 @hypothesis_settings(deadline=None, max_examples=50)
 def test_any_text_is_replayed_or_refused(text: str) -> None:
     try:
-        made = read(text + "\nSteps: 4, Seed: 1, Size: 64x64", Catalogue(Settings()))
+        made = read(text + "\nSteps: 4, Seed: 1, Size: 64x64", ANY)
     except Problem as problem:
         assert problem.details.status == 422
     else:
