@@ -12,8 +12,7 @@ import bentoml
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from api import answering, drawing, reading
-from api.seed import documented
+from api import answering, document, drawing, reading
 from core import animation, metadata, settings
 from core.animation import AnimationFormat, AnimationRequest
 from core.catalogue import Catalogue
@@ -21,9 +20,7 @@ from core.generation import Generation
 
 router = APIRouter(tags=["animation"])
 _FORMATS: dict[str, AnimationFormat] = {kind: format for format, kind in animation.MEDIA_TYPES.items()}
-_CONTENT: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The animation, by `format` or Accept.", "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in _FORMATS}}
-}
+_CONTENT = document.gives("The animation, by `format` or Accept.", dict.fromkeys(_FORMATS, document.FILE), headers=answering.HEADERS)
 
 
 class AnimationApis:
@@ -39,7 +36,7 @@ class AnimationApis:
         return path
 
 
-@router.post("/animate", response_class=Response, responses=_CONTENT, openapi_extra=documented(AnimationRequest, None))
+@router.post("/animate", response_class=Response, responses=_CONTENT | document.refuses(406, *document.WORK), openapi_extra=document.takes_query(AnimationRequest))
 async def animate(request: Request) -> Response:
     """Draw an animation from a prompt."""
     configured: settings.Settings = request.app.state.settings

@@ -27,6 +27,35 @@ from core.upscaling import UpscaleRequest
 
 _IMAGES: dict[str, ImageFormat] = {"image/webp": "webp", "image/jpeg": "jpeg", "image/png": "png"}
 _OTHERS = ("application/zip", "multipart/mixed", "application/json")
+# The headers of `describe`, and what they say.
+HEADERS = {
+    "X-Easel-Seeds": "The pictures' seeds.",
+    "X-Easel-Model": "The model that ran.",
+    "X-Easel-Model-Sha256": "Of its weights.",
+    "X-Easel-Scheduler": "As diffusers calls it.",
+    "X-Easel-Size": "Width x height of what was drawn, pixels.",
+    "X-Easel-Dtype": "The precision.",
+    "X-Easel-Device": "Where it ran.",
+    "X-Easel-Steps": "Denoising steps that were run.",
+    "X-Easel-Guidance-Scale": "Classifier-free guidance.",
+    "X-Easel-Prompt-Tokens": "Tokens of the prompt.",
+    "X-Easel-Prompt-Tokens-Cut": "Tokens that the model could not read.",
+    "X-Easel-Licence": "The model's.",
+    "X-Easel-Commercial-Use": "allowed or not allowed, by the licences of all that ran.",
+    "X-Easel-Credit": "Who must be named.",
+    "Server-Timing": "Milliseconds in each stage.",
+    "X-Easel-Hires": "The second pass of hires-fix.",
+    "X-Easel-Upscale": "What was made larger, and how.",
+    "X-Easel-Loras": "The LoRAs that acted: weight, layers reached, layers unmatched.",
+    "X-Easel-Embeddings": "The embeddings that acted.",
+    "X-Easel-Worker": "The worker that drew it, of several.",
+    "X-Easel-Degraded": "How it ran with less memory than usual.",
+    "X-Easel-Flagged": "Seeds of the pictures that the safety checker replaced.",
+    "X-Easel-Experiment": "The experiment, and the subject's variant.",
+    "X-Easel-Controlnets": "The ControlNets that acted.",
+    "X-Easel-Ip-Adapter": "The IP-Adapter that acted.",
+    "X-Easel-Notes": "What else is to be known.",
+}
 
 
 class GenerationResponse(BaseModel):

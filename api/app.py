@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from api import (
     animate,
+    document,
     errors,
     experiments,
     links,
@@ -33,37 +34,26 @@ from api import (
 from core import __version__
 from core import metrics as count
 from core.catalogue import Catalogue
-from core.problems import FieldError, Problem, ProblemDetails, invalid, problem, shown
+from core.problems import FieldError, Problem, invalid, problem, shown
 from core.settings import Settings
 
+_DESCRIPTION = """Pictures from Stable Diffusion, SDXL and Flux; pictures, captions and embeddings from UniDiffuser; behind API keys and a queue.
+
+Where an operation has several answers, Accept chooses among them. Parameters that are listed for the query may also stand in
+a form or a JSON object, and the fields of a form in the query; each once. A runner that is served alone has every route, and answers
+404 for the work of the other."""
 # The gate has checked the key before a route runs; these tell the OpenAPI document so.
 _SECURITY = [Depends(APIKeyHeader(name="X-API-Key", auto_error=False)), Depends(HTTPBearer(auto_error=False))]
-_ERRORS = {
-    400: "The body cannot be read",
-    401: "No valid key",
-    403: "The key may not do this",
-    404: "No such thing",
-    406: "No such answer format",
-    409: "It stands in the way of another, or leaves a choice",
-    413: "Too many bytes or pixels",
-    415: "Not a picture, or an unknown body type",
-    422: "Invalid parameters, each named",
-    429: "The queue is full; see Retry-After",
-    502: "What was asked elsewhere did not answer as it should",
-    503: "Not available now, and why",
-    504: "The deadline passed",
-    507: "Out of memory on the device, or of room on the disk",
-}
 
 
 def build(settings: Settings) -> FastAPI:
     """The application for these settings."""
     app = FastAPI(
         title="Easel",
-        description="Pictures from Stable Diffusion, SDXL and Flux; pictures, captions and embeddings from UniDiffuser; behind API keys and a queue.",
+        description=_DESCRIPTION,
         version=__version__,
         dependencies=_SECURITY,
-        responses={code: {"description": text, "model": ProblemDetails} for code, text in _ERRORS.items()},
+        generate_unique_id_function=document.operation_id,
         redoc_url=None,
     )
     app.state.settings = settings
@@ -76,6 +66,7 @@ def build(settings: Settings) -> FastAPI:
     for contract in contracts:
         app.include_router(contract.router)
     app.state.routes = [route for contract in contracts for route in contract.router.routes]
+    app.openapi = document.complete(app)  # type: ignore[method-assign]
     return app
 
 

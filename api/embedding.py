@@ -30,6 +30,13 @@ class EmbedResponse(BaseModel):
     ran: Ran
 
 
+class SeedEmbeddings(EmbedResponse):
+    """As EmbedResponse; of a single picture, CLIP_embeddings and vae_emb are the vectors themselves."""
+
+    CLIP_embeddings: list[list[float]] | list[str] | list[float] | str  # type: ignore[assignment]
+    vae_emb: list[list[float]] | list[str] | list[float] | str  # type: ignore[assignment]
+
+
 def _array(vector: Vector, normalize: bool = False) -> Floats:
     array: Floats = np.frombuffer(vector.data, np.dtype("<f4")).reshape(vector.shape)
     return array / max(np.linalg.norm(array), np.float32(1e-12)) if normalize else array

@@ -9,7 +9,7 @@ import json
 
 from pydantic import BaseModel
 
-from core.problems import MEDIA_TYPE, Problem
+from core.problems import MEDIA_TYPE, Problem, ProblemDetails
 
 OPENAI = "/v1/"
 _CODES = {"unauthorized": "invalid_api_key", "invalid-parameters": "invalid_value", "queue-full": "rate_limit_exceeded", "too-large": "request_too_large"}
@@ -35,9 +35,18 @@ def media_type(path: str) -> str:
     return "application/json" if path.startswith(OPENAI) else MEDIA_TYPE
 
 
-def status(path: str, problem: Problem) -> int:
+def shape(path: str) -> type[BaseModel]:
+    """Of the errors at a path."""
+    return OpenAIError if path.startswith(OPENAI) else ProblemDetails
+
+
+def translated(path: str, status: int) -> int:
     """OpenAI has no 422: what cannot be honoured is a 400 there."""
-    return 400 if path.startswith(OPENAI) and problem.details.status == 422 else problem.details.status
+    return 400 if path.startswith(OPENAI) and status == 422 else status
+
+
+def status(path: str, problem: Problem) -> int:
+    return translated(path, problem.details.status)
 
 
 def body(path: str, problem: Problem) -> bytes:

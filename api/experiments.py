@@ -4,13 +4,13 @@ one in `experiment`. core.trials keeps them."""
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.responses import JSONResponse
 
-from api import multimodal, reading
+from api import document, multimodal, reading
 from core import settings, significance, trials
 from core.catalogue import Catalogue
 from core.experiments import Definition, Name, Variant, subject_key
@@ -19,7 +19,7 @@ from core.problems import FieldError, Problem, invalid, invalid_field, nearest
 from core.requests import GenerationRequest, Subject
 from core.trials import Counts, Experiment, Recorded, Trials
 
-router = APIRouter(tags=["experiments"])
+router = APIRouter(tags=["experiments"], responses=document.refuses(503))
 # What a variant's settings can be checked for before a picture is asked for: the rest depends on what is sent with it.
 _CHECKED = {"model_id", "scheduler", "num_inference_steps", "guidance_scale", "width", "height", "clip_skip", "negative_prompt", "lora"}
 
@@ -64,11 +64,12 @@ class Results(BaseModel):
     level: float = significance.LEVEL
 
 
-def _takes(kind: type[BaseModel]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
-
-
-@router.post("/admin/experiments", status_code=201, response_model=Experiment, openapi_extra=_takes(Definition))
+@router.post(
+    "/admin/experiments",
+    status_code=201,
+    responses=document.gives("Begun.", {"application/json": Experiment}, 201, ["Location"]) | document.refuses(409),
+    openapi_extra=document.takes_json(Definition),
+)
 async def create(request: Request) -> JSONResponse:
     """Begin an experiment (admin key). It cannot be changed afterwards."""
     definition = reading.check(Definition, await reading.read_json(request))
@@ -83,20 +84,20 @@ async def all_experiments() -> list[Experiment]:
     return await asyncio.to_thread(_trials().all)
 
 
-@router.get("/admin/experiments/{id}")
+@router.get("/admin/experiments/{id}", responses=document.refuses(404))
 async def results(id: str) -> Results:
     """An experiment with its results so far (admin key)."""
     return await asyncio.to_thread(_results, _trials(), id)
 
 
-@router.post("/admin/experiments/{id}/stop", openapi_extra=_takes(Stop))
+@router.post("/admin/experiments/{id}/stop", responses=document.refuses(404), openapi_extra=document.takes_json(Stop, needed=False))
 async def stop(id: str, request: Request) -> Experiment:
     """End the assigning (admin key). Outcomes of those who were assigned are still taken."""
     wanted = reading.check(Stop, await reading.read_json(request) if await request.body() else {})
     return await asyncio.to_thread(_trials().stop, id, wanted.keep)
 
 
-@router.post("/experiments/{id}/outcomes", openapi_extra=_takes(Outcome))
+@router.post("/experiments/{id}/outcomes", responses=document.refuses(404, 409), openapi_extra=document.takes_json(Outcome))
 async def outcome(id: str, request: Request) -> Reported:
     """Report what a subject did with what it got."""
     wanted = reading.check(Outcome, await reading.read_json(request))

@@ -11,8 +11,8 @@ from functools import lru_cache
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from api.errors import OpenAIError
-from core import settings
+from api import document
+from core import images, settings
 from core.links import Links
 from core.problems import problem
 
@@ -37,10 +37,13 @@ def keep(data: bytes, media_type: str, request: Request) -> str:
     return str(request.base_url.replace(path=PREFIX + links().keep(data, media_type)))
 
 
-_FILE = {"content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/png", "image/jpeg", "image/webp")}, "description": "The picture."}
-
-
-@router.get(PREFIX + "{name}", response_class=Response, responses={200: _FILE, 404: {"model": OpenAIError, "description": "Unknown, or no longer kept"}}, openapi_extra={"security": []})
+@router.get(
+    PREFIX + "{name}",
+    name="file",
+    response_class=Response,
+    responses=document.gives("The picture.", dict.fromkeys(images.MEDIA_TYPES.values(), document.FILE)) | document.refuses(401, 404),
+    openapi_extra={"security": [{}]},
+)
 async def picture(name: str) -> Response:
     """A picture that was answered as a URL, for links.retention_s seconds; no key is needed."""
     kept = links().find(name)

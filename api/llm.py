@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from api import answering, reading
+from api import answering, document, reading
 from core import settings
 from core.llm import Assistant, Route
 from core.requests import Text
@@ -35,8 +35,8 @@ class LlmResponse(BaseModel):
 
 _DOCUMENTED: dict[str, Any] = {
     "response_class": Response,
-    "responses": {200: {"content": {"text/plain": {}, "application/json": {"schema": LlmResponse.model_json_schema()}}}},
-    "openapi_extra": {"parameters": [{"name": "text", "in": "query", "required": True, "schema": {"type": "string"}, "description": "What to ask."}]},
+    "responses": document.gives("The answer.", {"text/plain": {"type": "string"}, "application/json": LlmResponse}, headers=["X-Easel-Notes"]) | document.refuses(406, 429, 502, 503, 504),
+    "openapi_extra": document.takes_query(Question),
 }
 
 
@@ -48,7 +48,7 @@ def assistant() -> Assistant:
 
 @router.get("/llm_prompt_assistance", **_DOCUMENTED)
 async def llm_prompt_assistance(request: Request) -> Response:
-    """Have a language model improve a prompt. Text, or JSON by Accept."""
+    """Have a language model improve a prompt. Text, or JSON by Accept; with llm.kind legacy as the upstream answers."""
     return await _ask("llm_prompt_assistance", request)
 
 

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from functools import lru_cache
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from starlette.responses import Response
 
-from api import reading, uploading
+from api import document, reading, uploading
 from core import settings
 from core.loras import keeping
 from core.loras.installing import Installer, Job
 from core.loras.messages import (
     Added,
     AddLora,
+    Changed,
     Embeddings,
     JobState,
     Listing,
@@ -36,17 +35,19 @@ from core.problems import invalid_field, nearest
 router = APIRouter(tags=["loras"])
 # RFC 9745: since when GET /add_new_lora is deprecated (24 November 2026).
 _DEPRECATED = {"Deprecation": "@1795478400", "Link": '</docs>; rel="deprecation"'}
+_PREFER = {"name": "Prefer", "in": "header", "required": False, "schema": {"type": "string"}, "description": "respond-async: as wait=false."}
 _WAIT = {"name": "wait", "in": "query", "required": False, "schema": {"type": "boolean", "default": True}, "description": "false: answer 202 with a job at once, as `Prefer: respond-async` does."}
 _SOURCE = {"name": "name", "in": "query", "required": True, "schema": {"type": "string"}, "description": "A name, a Civitai model or version id, MODEL@VERSION, or a page's address."}
 _KIND = {"name": "kind", "in": "query", "required": False, "schema": {"type": "string", "enum": ["lora", "embedding"]}, "description": "What must come; a name is looked for among LoRAs if left out."}
-_ADDED: dict[int | str, dict[str, Any]] = {200: {"model": Added}, 202: {"model": JobState, "description": "Begun; see Location"}}
-
-
-def _takes(kind: type[BaseModel], media_type: str = "application/json", **extra: Any) -> dict[str, Any]:
-    """The request body for the OpenAPI document."""
-    schema = kind.model_json_schema()
-    schema["properties"] |= extra
-    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+_NAMED = {"parameters": [_SOURCE, _KIND, _WAIT, _PREFER]}
+_WORDS = {"type": "string", "description": "Separated by commas."}
+_WRITING = document.refuses(404, 409, 503, 507)
+_FETCHING = document.refuses(404, 409, 410, 413, 499, 502, 503, 504, 507)
+_ADDED = (
+    document.gives("Added, or there already.", {"application/json": Added})
+    | document.gives("Begun.", {"application/json": JobState}, 202, ["Location", "Preference-Applied"])
+    | _FETCHING
+)
 
 
 @lru_cache(maxsize=1)
@@ -73,13 +74,13 @@ async def list_loras() -> Listing:
     return await get_available_loras()
 
 
-@router.post("/add_new_lora", responses=_ADDED, openapi_extra={"parameters": [_SOURCE, _KIND, _WAIT]})
+@router.post("/add_new_lora", responses=_ADDED, openapi_extra=_NAMED)
 async def add_new_lora(request: Request) -> Response:
     """Add a LoRA from Civitai (admin key). One that is there already answers 200 too."""
     return await _add(_named(request), request)
 
 
-@router.get("/add_new_lora", responses=_ADDED, openapi_extra={"parameters": [_SOURCE, _KIND, _WAIT], "deprecated": True})
+@router.get("/add_new_lora", deprecated=True, responses=_ADDED, openapi_extra=_NAMED)
 async def add_new_lora_by_get(request: Request) -> Response:
     """As POST does; for callers of old."""
     response = await _add(_named(request), request)
@@ -87,19 +88,23 @@ async def add_new_lora_by_get(request: Request) -> Response:
     return response
 
 
-@router.post("/admin/loras", responses=_ADDED, openapi_extra={**_takes(AddLora), "parameters": [_WAIT]})
+@router.post("/admin/loras", responses=_ADDED, openapi_extra=document.takes_json(AddLora) | {"parameters": [_WAIT, _PREFER]})
 async def add(request: Request) -> Response:
     """Add a LoRA from Civitai or from a hub repository."""
     return await _add(reading.check(AddLora, await reading.read_json(request)), request)
 
 
-@router.post("/add_lora", openapi_extra=_takes(AddLora))
+@router.post("/add_lora", responses=_FETCHING, openapi_extra=document.takes_json(AddLora))
 async def add_lora(request: Request) -> Added:
     """The same, as the typed client asks for it: it waits for the LoRA."""
     return await installer().start(reading.check(AddLora, await reading.read_json(request))).result()
 
 
-@router.post("/admin/loras/upload", openapi_extra=_takes(UploadedLora, "multipart/form-data", file={"type": "string", "format": "binary"}))
+@router.post(
+    "/admin/loras/upload",
+    responses=_WRITING,
+    openapi_extra=document.takes_form(UploadedLora, "UploadForm", {"file": 1}, ["file"], trigger_words=_WORDS, usage_rights={"type": "string"}),
+)
 async def upload(request: Request) -> Added:
     """Add a LoRA from a .safetensors file."""
     mine = installer()
@@ -114,39 +119,39 @@ async def jobs() -> list[JobState]:
     return [job.state for job in reversed(installer().jobs.values())]
 
 
-@router.get("/admin/loras/jobs/{id}")
+@router.get("/admin/loras/jobs/{id}", responses=document.refuses(404))
 async def job(id: str) -> JobState:
     """One adding: its progress, then its result or error."""
     return installer().job(id).state
 
 
-@router.delete("/admin/loras/jobs/{id}")
+@router.delete("/admin/loras/jobs/{id}", responses=document.refuses(404))
 async def cancel(id: str) -> JobState:
     """Stop an adding. One that is over stays as it is."""
     return (await installer().cancel(id)).state
 
 
-@router.patch("/admin/loras/{name}", openapi_extra=_takes(Terms))
-async def change(name: str, request: Request) -> dict[str, Any]:
+@router.patch("/admin/loras/{name}", responses=_WRITING, openapi_extra=document.takes_json(Terms))
+async def change(name: str, request: Request) -> Changed:
     """Edit trigger words and rights; answers the entry as it is then."""
     terms = reading.check(Terms, await reading.read_json(request))
     lora = await asyncio.to_thread(keeping.change, installer().registry, name, terms)
-    return {"name": lora.name, "lora": lora.entry()}
+    return Changed(name=lora.name, lora=lora.entry())
 
 
-@router.delete("/admin/loras/{name}")
+@router.delete("/admin/loras/{name}", responses=_WRITING)
 async def remove(name: str) -> Removed:
     """Remove a LoRA, and its weights where Easel downloaded them."""
     return await asyncio.to_thread(keeping.remove, installer().registry, name)
 
 
-@router.post("/remove_lora", openapi_extra=_takes(RemoveLora))
+@router.post("/remove_lora", responses=_WRITING, openapi_extra=document.takes_json(RemoveLora))
 async def remove_lora(request: Request) -> Removed:
     """The same, as the typed client asks for it."""
     return await remove(reading.check(RemoveLora, await reading.read_json(request)).name)
 
 
-@router.post("/admin/loras/{name}/verify")
+@router.post("/admin/loras/{name}/verify", responses=document.refuses(404, 503))
 async def verify(name: str) -> Verified:
     """Hash the weights again and compare with what was registered."""
     return await asyncio.to_thread(keeping.verify, installer().registry, name)

@@ -15,14 +15,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from starlette.responses import Response
 
-from api import backend
+from api import backend, document
 from core import metrics
 from core.problems import Problem
 
 router = APIRouter(tags=["metrics"])
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}})
+@router.get("/metrics", response_class=Response, responses=document.gives("Prometheus' text format.", {"text/plain": {"type": "string"}}))
 async def prometheus() -> Response:
     """Counts and gauges of this server ([what they are](docs/operations.md)); with a key, unless auth.public_metrics."""
     # The workers set their gauges when they are asked how they are.

@@ -16,10 +16,10 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from api import answering, drawing, embedding, reading
+from api import answering, document, drawing, embedding, reading
 from api.answering import GenerationResponse
-from api.embedding import EmbedResponse
-from api.seed import PICTURES, documented
+from api.embedding import EmbedResponse, SeedEmbeddings
+from api.seed import PICTURES
 from core import images, multimodal, settings
 from core.catalogue import Catalogue
 from core.generation import Generation, Ran
@@ -36,12 +36,11 @@ from core.plans import Pixels, Task
 from core.problems import invalid_field
 from core.requests import Sampling
 
-router = APIRouter(tags=["unidiffuser"])
+router = APIRouter(tags=["unidiffuser"], responses=document.refuses(*document.WORK))
 R = TypeVar("R", bound=Sampling | EmbedRequest)
 File = Annotated[Path, bentoml.validators.ContentType("image/*")]
 _NPY = ("application/x-npy", "application/octet-stream")
-_ONE: dict[str, Any] = {"type": "string", "format": "binary"}
-_MANY: dict[str, Any] = {"type": "array", "items": _ONE}
+_MOST = {"image": settings.load().limits.images}
 
 
 class CaptionResponse(BaseModel):
@@ -67,7 +66,7 @@ class JointResponse(GenerationResponse):
 # The seed contract.
 
 
-@router.post("/prompt2img", response_class=Response, responses=PICTURES, openapi_extra=documented(PromptToImageRequest, None))
+@router.post("/prompt2img", response_class=Response, responses=PICTURES | document.refuses(406), openapi_extra=document.takes_query(PromptToImageRequest))
 async def prompt2img(request: Request) -> Response:
     """Draw pictures from a prompt; answers as /post_config does."""
     wanted, _ = await _read(PromptToImageRequest, request, most=0)
@@ -77,7 +76,12 @@ async def prompt2img(request: Request) -> Response:
     return await answering.answer(generation, wanted, accept, settings.load().metadata.embed)
 
 
-@router.post("/img2prompt", response_class=Response, responses={200: {"content": {"text/plain": {}, "application/json": {"schema": CaptionResponse.model_json_schema()}}}}, openapi_extra=documented(CaptionRequest, _MANY))
+@router.post(
+    "/img2prompt",
+    response_class=Response,
+    responses=document.gives("The captions.", {"text/plain": {"type": "string"}, "application/json": CaptionResponse}, headers=answering.HEADERS) | document.refuses(406),
+    openapi_extra=document.takes_query(CaptionRequest, _MOST, ["image"], "SeveralPictures"),
+)
 async def img2prompt(request: Request) -> Response:
     """Say what pictures show: text, one caption a line, picture by picture; or JSON, by Accept."""
     wanted, pictures = await _read(CaptionRequest, request)
@@ -88,7 +92,12 @@ async def img2prompt(request: Request) -> Response:
     return Response(body, media_type=media_type, headers=answering.describe(response.ran, response.seeds))
 
 
-@router.post("/img2embed", response_class=Response, responses={200: {"content": {"application/json": {"schema": EmbedResponse.model_json_schema()}, _NPY[0]: {}}}}, openapi_extra=documented(EmbedRequest, _MANY))
+@router.post(
+    "/img2embed",
+    response_class=Response,
+    responses=document.gives("The embeddings.", {"application/json": SeedEmbeddings, **dict.fromkeys(_NPY, document.FILE)}, headers=answering.HEADERS) | document.refuses(406),
+    openapi_extra=document.takes_query(EmbedRequest, _MOST, ["image"], "SeveralPictures"),
+)
 async def img2embed(request: Request) -> Response:
     """Embed pictures. JSON: for one picture the vectors themselves, for several a list of them. NumPy
     (application/x-npy): one row for each, with the fields CLIP_embeddings and vae_emb, float16."""
@@ -103,56 +112,56 @@ async def img2embed(request: Request) -> Response:
 # The typed APIs.
 
 
-@router.post("/generate", openapi_extra=documented(PromptToImageRequest, None))
+@router.post("/generate", openapi_extra=document.takes_json(PromptToImageRequest))
 async def generate(request: Request) -> GenerationResponse:
     """Draw pictures from a prompt; the answer is JSON with base64 pictures."""
     wanted, _ = await _read(PromptToImageRequest, request, most=0)
     return await _pictures(await _run("generate", wanted, [], request), wanted)
 
 
-@router.post("/caption", openapi_extra=documented(CaptionRequest, _MANY))
+@router.post("/caption", openapi_extra=document.takes_form(CaptionRequest, "CaptionForm", _MOST, ["image"]))
 async def caption(request: Request) -> CaptionResponse:
     """Say what pictures show."""
     wanted, pictures = await _read(CaptionRequest, request)
     return _captions(await _run("caption", wanted, pictures, request))
 
 
-@router.post("/embed", openapi_extra=documented(EmbedRequest, _MANY))
+@router.post("/embed", openapi_extra=document.takes_form(EmbedRequest, "EmbedForm", _MOST, ["image"]))
 async def embed(request: Request) -> EmbedResponse:
     """Embed pictures."""
     wanted, pictures = await _read(EmbedRequest, request)
     return await asyncio.to_thread(embedding.answer, await _run("embed", wanted, pictures, request), wanted)
 
 
-@router.post("/joint", openapi_extra=documented(JointRequest, None))
+@router.post("/joint", openapi_extra=document.takes_json(JointRequest, needed=False))
 async def joint(request: Request) -> JointResponse:
     """Make pictures together with their texts, from nothing."""
     wanted, _ = await _read(JointRequest, request, most=0)
     return await _joint(await _run("joint", wanted, [], request), wanted)
 
 
-@router.post("/image", openapi_extra=documented(PicturesRequest, None))
+@router.post("/image", openapi_extra=document.takes_json(PicturesRequest, needed=False))
 async def image(request: Request) -> GenerationResponse:
     """Make pictures from nothing."""
     wanted, _ = await _read(PicturesRequest, request, most=0)
     return await _pictures(await _run("image", wanted, [], request), wanted)
 
 
-@router.post("/text", openapi_extra=documented(TextsRequest, None))
+@router.post("/text", openapi_extra=document.takes_json(TextsRequest, needed=False))
 async def text(request: Request) -> TextsResponse:
     """Make texts from nothing."""
     wanted, _ = await _read(TextsRequest, request, most=0)
     return _texts(await _run("text", wanted, [], request))
 
 
-@router.post("/image_variation", openapi_extra=documented(JointRequest, _ONE))
+@router.post("/image_variation", openapi_extra=document.takes_form(JointRequest, "VariationForm", {"image": 1}, ["image"]))
 async def image_variation(request: Request) -> JointResponse:
     """Draw pictures like the one sent, by way of a text, which is told."""
     wanted, pictures = await _read(JointRequest, request, most=1)
     return await _joint(await _run("image_variation", wanted, pictures, request), wanted)
 
 
-@router.post("/text_variation", openapi_extra=documented(TextVariationRequest, None))
+@router.post("/text_variation", openapi_extra=document.takes_json(TextVariationRequest))
 async def text_variation(request: Request) -> TextsResponse:
     """Make texts like the prompt, by way of a picture."""
     wanted, _ = await _read(TextVariationRequest, request, most=0)

@@ -15,8 +15,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.responses import JSONResponse, Response
 
-from api import answering, drawing, links, reading
-from api.errors import OpenAIError
+from api import answering, document, drawing, links, reading
 from core import images
 from core.catalogue import Catalogue
 from core.families import Entry
@@ -26,16 +25,12 @@ from core.problems import Problem, invalid_field, nearest, problem, renamed
 from core.requests import Format, GenerationRequest, ImageFormat, Text
 from core.settings import Limits, Settings
 
-_ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": OpenAIError, "description": text} for code, text in {
-    400: "It cannot be honoured, and why", 401: "No valid key", 403: "The key may not do this", 404: "No such model", 413: "Too many bytes or pixels",
-    415: "Not a picture, or an unknown body type", 429: "The queue is full; see Retry-After", 503: "Not available now, and why", 504: "The deadline passed", 507: "Out of memory",
-}.items()}  # fmt: skip
-router = APIRouter(prefix="/v1", tags=["openai"], responses=_ERRORS)
+router = APIRouter(prefix="/v1", tags=["openai"])
 # A request's fields that OpenAI has names for; the others are extensions, by their own.
 _NAMES = {"model_id": "model", "count_returned": "n", "width": "size", "height": "size", "format": "output_format", "quality": "output_compression"}
 _EXTENSIONS = [name for name in GenerationRequest.model_fields if name not in {"prompt", *_NAMES}]
 _PARTS = {"image": 1, "image[]": 1, "mask": 1}
-_FILE = {"type": "string", "format": "binary"}
+_EXTENSION_FIELDS = {name: field for name, field in GenerationRequest.model_json_schema()["properties"].items() if name in _EXTENSIONS}
 Quality = Literal["low", "medium", "high"]
 _QUALITIES: dict[str, Quality] = {"standard": "medium", "medium": "medium", "auto": "medium", "low": "low", "high": "high", "hd": "high"}
 _STARTED = int(time.time())
@@ -147,25 +142,17 @@ class ModelList(BaseModel):
     data: list[ListedModel]
 
 
-def _schema(*parts: str) -> dict[str, Any]:
-    """The request body for the OpenAPI document: JSON, or a form with files."""
-    schema, extensions = ImagesRequest.model_json_schema(), GenerationRequest.model_json_schema()["properties"]
-    schema |= {"additionalProperties": False, "properties": schema["properties"] | {name: extensions[name] for name in _EXTENSIONS}}
-    if not parts:
-        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-    schema["properties"] |= dict.fromkeys(parts, _FILE)
-    schema["required"] = [*schema["required"], parts[0]]
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+_PICTURES = document.gives("The pictures.", {"application/json": ImagesResponse}, headers=answering.HEADERS) | document.refuses(*document.WORK)
 
 
-@router.post("/images/generations", response_model=ImagesResponse, openapi_extra=_schema())
+@router.post("/images/generations", responses=_PICTURES, openapi_extra=document.takes_json(ImagesRequest, **_EXTENSION_FIELDS))
 async def generations(request: Request) -> Response:
     """Draw pictures from a prompt."""
     asked, _ = await reading.read_as(ImagesRequest, request, {})
     return await _answer(asked, asked.translated(_entry(asked, request), _limits(request)), None, request)
 
 
-@router.post("/images/edits", response_model=ImagesResponse, openapi_extra=_schema("image", "mask"))
+@router.post("/images/edits", responses=_PICTURES, openapi_extra=document.takes_form(ImagesRequest, "EditForm", {"image": 1, "mask": 1}, ["image"], **_EXTENSION_FIELDS))
 async def edits(request: Request) -> Response:
     """Draw pictures from a prompt and a picture. What is transparent in `mask`, or without one in `image`, is
     repainted wholly (strength 1 if left out); where nothing is, the whole picture is redrawn (strength 0.75)."""
@@ -184,7 +171,7 @@ async def models(request: Request) -> ModelList:
     return ModelList(data=[_listed(entry) for entry in catalogue.generators.values()])
 
 
-@router.get("/models/{id:path}")
+@router.get("/models/{id:path}", responses=document.refuses(404))
 async def model(id: str, request: Request) -> ListedModel:
     """One of them."""
     catalogue: Catalogue = request.app.state.catalogue

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from api import reading
+from api import document, reading
 from core import images, preprocessing
 from core.plans import Pixels
 from core.problems import invalid_field, nearest
@@ -30,15 +30,11 @@ class PreprocessRequest(BaseModel):
     height: int | None = Field(None, ge=8, le=4096, description="Pixels; with width.")
 
 
-_FORM = PreprocessRequest.model_json_schema()
-_FORM["properties"]["image"] = {"type": "string", "format": "binary"}
-
-
 @router.post(
     "/preprocess",
     response_class=Response,
-    responses={200: {"description": "The map.", "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}},
-    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM | {"required": ["preprocessor", "image"]}}}}},
+    responses=document.gives("The map.", {"image/png": document.FILE}),
+    openapi_extra=document.takes_form(PreprocessRequest, "PreprocessForm", {"image": 1}, ["image"]),
 )
 async def preprocess(request: Request) -> Response:
     """Make a ControlNet's map from a picture; the answer is a PNG."""

@@ -1,6 +1,7 @@
 """From an HTTP request to a checked model (a `GenerationRequest`, say) and safe pictures.
 
-Parameters may stand in the query, a form or a JSON object, each name once. A file is only taken
+Parameters may stand in the query, a form or a JSON object, each name once; one that is a list may come
+once for each of its values. A file is only taken
 from a multipart part; a string where a file belongs (a URL, say) is refused, never fetched.
 """
 
@@ -79,11 +80,13 @@ async def read_as(kind: type[Checked], request: Request, parts: dict[str, int]) 
         Problem: as `read`.
     """
     values: dict[str, Any] = {}
-    _take(values, request.query_params.multi_items())
+    lists = {name for name, field in kind.model_fields.items() if "list[" in str(field.annotation)}
+    _take(values, _gathered(request.query_params.multi_items(), lists))
     uploads: dict[str, list[bytes]] = {}
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        uploads = await _read_form(request, values, parts)
+        fields, uploads = await _read_form(request, parts)
+        _take(values, _gathered(fields, lists))
     elif media_type == "application/json":
         _take(values, (await read_json(request)).items())
     elif body := await request.body():
@@ -117,7 +120,18 @@ def _take(values: dict[str, Any], items: Any) -> None:
         values[name] = value
 
 
-async def _read_form(request: Request, values: dict[str, Any], parts: dict[str, int]) -> dict[str, list[bytes]]:
+def _gathered(items: list[tuple[str, Any]], lists: set[str]) -> list[tuple[str, Any]]:
+    """The values of a list that come one by one, as one."""
+    each: dict[str, list[Any]] = {}
+    for name, value in items:
+        if name in lists:
+            each.setdefault(name, []).append(value)
+    together = [(name, values[0] if len(values) == 1 else values) for name, values in each.items()]
+    return [*together, *((name, value) for name, value in items if name not in lists)]
+
+
+async def _read_form(request: Request, parts: dict[str, int]) -> tuple[list[tuple[str, Any]], dict[str, list[bytes]]]:
+    fields: list[tuple[str, Any]] = []
     uploads: dict[str, list[bytes]] = {}
     try:
         form = await request.form(max_files=sum(parts.values()) + 3, max_fields=100)
@@ -128,7 +142,7 @@ async def _read_form(request: Request, values: dict[str, Any], parts: dict[str, 
     try:
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
-                _take(values, [(name, _plain(value))])
+                fields.append((name, _plain(value)))
             elif name not in parts:
                 message = f"unknown file{nearest(name, list(parts))}" if parts else "takes no file here"
                 raise invalid_field(name[:80] or "file", message, list(parts) or None)
@@ -138,7 +152,7 @@ async def _read_form(request: Request, values: dict[str, Any], parts: dict[str, 
                 uploads[name].append(await value.read())
     finally:
         await form.close()
-    return uploads
+    return fields, uploads
 
 
 def _plain(text: str) -> str | None:

@@ -15,7 +15,7 @@ import bentoml
 from fastapi import APIRouter, Request
 from pydantic import Field
 
-from api import answering, drawing, loras, reading
+from api import answering, document, drawing, loras, reading
 from api.answering import GenerationResponse
 from core import settings
 from core.catalogue import Catalogue
@@ -25,18 +25,7 @@ from core.plans import Inputs
 from core.problems import invalid_field
 from core.requests import GenerationRequest
 
-router = APIRouter(tags=["typed"])
-
-
-def _body(*parts: str) -> dict[str, Any]:
-    """The request body for the OpenAPI document."""
-    schema = GenerationRequest.model_json_schema()
-    file = {"type": "string", "format": "binary"}
-    form = schema | {"properties": schema["properties"] | dict.fromkeys(parts, file) | {part: {"type": "array", "items": file} for part in reading.GUIDES}}
-    if not parts:
-        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}}}
-    form["required"] = [*schema["required"], "image"]
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}}}
+router = APIRouter(tags=["typed"], responses=document.refuses(*document.WORK))
 
 
 File = Annotated[Path, bentoml.validators.ContentType("image/*")]
@@ -110,14 +99,14 @@ class TypedApis:
         return await asyncio.to_thread(keeping.listing, loras.installer().registry)
 
 
-@router.post("/txt2img", openapi_extra=_body())
+@router.post("/txt2img", openapi_extra=document.takes_either(document.takes_json(GenerationRequest), document.takes_form(GenerationRequest, "Txt2ImgForm", reading.GUIDES)))
 async def txt2img(request: Request) -> GenerationResponse:
     """Draw pictures from a prompt, and what guides it; the answer is JSON with base64 pictures."""
     wanted, inputs = await reading.read(request, request.app.state.settings.limits, parts=reading.GUIDES)
     return await _draw(wanted, inputs, request)
 
 
-@router.post("/img2img", openapi_extra=_body("image"))
+@router.post("/img2img", openapi_extra=document.takes_form(GenerationRequest, "Img2ImgForm", reading.PARTS, ["image"]))
 async def img2img(request: Request) -> GenerationResponse:
     """Draw pictures from a prompt and an input picture; the answer is JSON with base64 pictures."""
     wanted, inputs = await reading.read(request, request.app.state.settings.limits)
@@ -126,8 +115,8 @@ async def img2img(request: Request) -> GenerationResponse:
     return await _draw(wanted, inputs, request)
 
 
-@router.post("/outpaint", openapi_extra=_body("image"))
-@router.post("/inpaint", openapi_extra=_body("image", "mask"))
+@router.post("/outpaint", name="outpaint", openapi_extra=document.takes_form(GenerationRequest, "Img2ImgForm", reading.PARTS, ["image"]))
+@router.post("/inpaint", openapi_extra=document.takes_form(GenerationRequest, "Img2ImgForm", reading.PARTS, ["image"]))
 async def inpaint(request: Request) -> GenerationResponse:
     """Repaint what is white in `mask` (without one, what is transparent in `image`), or draw beyond the
     picture's sides (outpaint_*); the answer is JSON with base64 pictures."""

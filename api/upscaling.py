@@ -14,8 +14,8 @@ import PIL.Image
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from api import answering, drawing, reading
-from api.seed import PICTURES, documented
+from api import answering, document, drawing, reading
+from api.seed import PICTURES
 from core import images, settings, upscaling
 from core.catalogue import Catalogue
 from core.generation import Generation
@@ -26,7 +26,12 @@ from core.upscaling import UpscaleRequest
 router = APIRouter(tags=["generation"])
 
 
-@router.post("/upscale", response_class=Response, responses=PICTURES, openapi_extra=documented(UpscaleRequest, {"type": "string", "format": "binary"}))
+@router.post(
+    "/upscale",
+    response_class=Response,
+    responses=PICTURES | document.refuses(406, *document.WORK),
+    openapi_extra=document.takes_query(UpscaleRequest, {"image": 1}, ["image"], "Picture"),
+)
 async def upscale(request: Request) -> Response:
     """Make a picture larger."""
     configured = settings.load()

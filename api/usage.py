@@ -8,12 +8,14 @@ import io
 import sqlite3
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import mimeparse
 from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
+from api import document
 from core import settings
 from core.generation import Generation
 from core.plans import Plan
@@ -45,7 +47,28 @@ def made_today(client: str) -> int:
         return 0
 
 
-_CONTENT: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/csv": {}}}}
+class UsageLine(BaseModel):
+    """What was made for one group; of the group, what was asked for in group_by."""
+
+    key: str | None = None
+    model: str | None = None
+    lora: str | None = None
+    day: str | None = None
+    commercial: str | None = None
+    requests: int
+    pictures: int
+    picture_steps: int
+    flagged: int
+
+
+class UsageReport(BaseModel):
+    since: str | None
+    until: str | None
+    group_by: list[str]
+    usage: list[UsageLine]
+
+
+_CONTENT = document.gives("The report, by `format` or Accept.", {"application/json": UsageReport, "text/csv": {"type": "string"}}) | document.refuses(406, 503)
 
 
 @router.get("/admin/usage", response_class=Response, responses=_CONTENT)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
+
+from pydantic import BaseModel
 
 from core import schedulers
 from core.model_settings import UPSCALERS, Dtype, Family, Model
@@ -47,6 +49,71 @@ FAMILIES: dict[Family, FamilyTraits] = {
 }
 
 
+class Range(BaseModel):
+    default: int | float
+    min: int | float
+    max: int | float
+
+
+class Sides(Range):
+    multiple_of: int
+
+
+class Strength(BaseModel):
+    """Between `above`, which is not allowed, and `max`, which is."""
+
+    default: float
+    above: float
+    max: float
+
+
+class Most(BaseModel):
+    max: int
+
+
+class Img2Img(BaseModel):
+    schedulers: list[str]
+    strength: Strength
+
+
+class Offered(BaseModel):
+    """What GET /capabilities tells of every model."""
+
+    model_id: str
+    family: Family
+    modes: list[str]
+    torch_dtypes: list[Dtype]
+    licence: str
+    commercial_use: bool
+    credit: str | None
+
+
+class Capabilities(Offered):
+    """What may be asked of a model that draws. `prompt_tokens`: what is beyond is cut; null: no limit. `img2img` is null where it has none."""
+
+    size: Sides
+    num_inference_steps: Range
+    guidance_scale: Range
+    count_returned: Range
+    schedulers: list[str]
+    img2img: Img2Img | None
+    negative_prompt: bool
+    prompt_weights: bool
+    clip_skip: bool
+    prompt_tokens: int | None
+
+
+class UpscalerCapabilities(Offered):
+    """What may be asked of an upscaler; null: it takes no such thing. `tile` is the side of its tiles, pixels."""
+
+    scale: Range
+    pixels: Most
+    tile: int
+    num_inference_steps: Range | None
+    guidance_scale: Range | None
+    noise_level: Range | None
+
+
 @dataclass(frozen=True)
 class Entry:
     """A model with its family's defaults filled in. Only a listed one may be a path on this machine."""
@@ -84,45 +151,39 @@ class Entry:
     def guidance(self) -> float:
         return self.traits.guidance_scale if self.model.guidance_scale is None else self.model.guidance_scale
 
-    def capabilities(self, limits: Limits) -> dict[str, object]:
-        """What may be asked of this model, as GET /capabilities tells it."""
+    def capabilities(self, limits: Limits) -> Capabilities:
+        """What may be asked of this model."""
         t = self.traits
-        if t.upscaler:
-            return self._upscaler_capabilities(limits)
-        return {
-            "model_id": self.id,
-            "family": self.model.family,
-            "modes": list(get_args(Task)) if t.multimodal else ["inpaint"] if self.model.inpainting else ["txt2img", "img2img", "inpaint"],
-            "size": {"default": self.size, "min": self.min_size, "max": self.max_size, "multiple_of": t.multiple},
-            "num_inference_steps": {"default": self.steps, "min": 1, "max": limits.num_inference_steps},
-            "guidance_scale": {"default": self.guidance, "min": 0, "max": 30},
-            "count_returned": {"default": 1, "min": 1, "max": limits.count_returned},
-            "schedulers": schedulers.names(t.flow, unscaled=t.multimodal),
-            "img2img": None if t.multimodal else {"schedulers": schedulers.names(t.flow, image_to_image=True), "strength": {"default": 0.75, "above": 0, "max": 1}},
-            "torch_dtypes": ["float16", "bfloat16", "float32"],
-            "negative_prompt": t.negative_prompt,
-            "prompt_weights": t.prompt_weights,
-            "clip_skip": t.clip_skip,
-            "prompt_tokens": self.model.prompt_tokens or t.prompt_tokens,
-            "licence": self.model.licence,
-            "commercial_use": self.model.commercial_use,
-            "credit": self.model.credit,
-        }
+        strength = Strength(default=0.75, above=0, max=1)
+        return Capabilities(
+            **self._common(),
+            modes=list(get_args(Task)) if t.multimodal else ["inpaint"] if self.model.inpainting else ["txt2img", "img2img", "inpaint"],
+            size=Sides(default=self.size, min=self.min_size, max=self.max_size, multiple_of=t.multiple),
+            num_inference_steps=Range(default=self.steps, min=1, max=limits.num_inference_steps),
+            guidance_scale=Range(default=self.guidance, min=0, max=30),
+            count_returned=Range(default=1, min=1, max=limits.count_returned),
+            schedulers=schedulers.names(t.flow, unscaled=t.multimodal),
+            img2img=None if t.multimodal else Img2Img(schedulers=schedulers.names(t.flow, image_to_image=True), strength=strength),
+            negative_prompt=t.negative_prompt,
+            prompt_weights=t.prompt_weights,
+            clip_skip=t.clip_skip,
+            prompt_tokens=self.model.prompt_tokens or t.prompt_tokens,
+        )
 
-    def _upscaler_capabilities(self, limits: Limits) -> dict[str, object]:
+    def upscaler_capabilities(self, limits: Limits) -> UpscalerCapabilities:
+        """What may be asked of this upscaler."""
         steps = self.model.family != "upscaler"
-        return {
-            "model_id": self.id,
-            "family": self.model.family,
-            "modes": ["upscale"],
-            "scale": {"default": self.scale, "min": 1, "max": self.scale},
-            "pixels": {"max": limits.upscaled_pixels},
-            "tile": self.size,
-            "num_inference_steps": {"default": self.steps, "min": 1, "max": limits.num_inference_steps} if steps else None,
-            "guidance_scale": {"default": self.guidance, "min": 0, "max": 30} if steps else None,
-            "noise_level": {"default": 20, "min": 0, "max": 350} if self.model.family == "sd_x4_upscaler" else None,
-            "torch_dtypes": ["float16", "bfloat16", "float32"],
-            "licence": self.model.licence,
-            "commercial_use": self.model.commercial_use,
-            "credit": self.model.credit,
-        }
+        return UpscalerCapabilities(
+            **self._common(),
+            modes=["upscale"],
+            scale=Range(default=self.scale, min=1, max=self.scale),
+            pixels=Most(max=limits.upscaled_pixels),
+            tile=self.size,
+            num_inference_steps=Range(default=self.steps, min=1, max=limits.num_inference_steps) if steps else None,
+            guidance_scale=Range(default=self.guidance, min=0, max=30) if steps else None,
+            noise_level=Range(default=20, min=0, max=350) if self.model.family == "sd_x4_upscaler" else None,
+        )
+
+    def _common(self) -> dict[str, Any]:
+        own = self.model
+        return {"model_id": self.id, "family": own.family, "torch_dtypes": list(get_args(Dtype)), "licence": own.licence, "commercial_use": own.commercial_use, "credit": own.credit}

@@ -52,6 +52,12 @@ class Server:
     def get(self, path: str, key: str = USER, **kwargs: object) -> requests.Response:
         return requests.get(self.url + path, headers={"X-API-Key": key}, timeout=kwargs.pop("timeout", 30), **kwargs)
 
+    def is_ready(self) -> bool:
+        try:
+            return requests.get(self.url + "/readyz", timeout=5).status_code == 200
+        except requests.RequestException:
+            return False
+
 
 @pytest.fixture(scope="session")
 def miniatures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -85,7 +91,7 @@ def serving(folder: Path, overrides: dict, target: str = "service:ImageGeneratio
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
         if ready:
-            wait_for(lambda: _ready(server), 240, server)
+            wait_for(server.is_ready, 240, server)
         yield server
     finally:
         if process.poll() is None:
@@ -106,13 +112,6 @@ def wait_for(condition: Callable[[], bool], seconds: float, server: Server | Non
         time.sleep(0.1)
     log = server.log.read_text(errors="replace")[-3000:] if server else ""
     raise AssertionError(f"not within {seconds} s\n{log}")
-
-
-def _ready(server: Server) -> bool:
-    try:
-        return requests.get(server.url + "/readyz", timeout=5).status_code == 200
-    except requests.RequestException:
-        return False
 
 
 def held(device: Device) -> threading.Event:

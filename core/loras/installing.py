@@ -24,7 +24,7 @@ from core.loras.contents import check_family
 from core.loras.download import download, held, sweep, uninterrupted
 from core.loras.egress import Egress
 from core.loras.keeping import already_there, now, with_terms
-from core.loras.messages import Added, AddLora, CivitaiSource, HubSource, JobState, Progress
+from core.loras.messages import Added, AddLora, CivitaiSource, DownloadProgress, HubSource, JobState
 from core.loras.registry import Lora, Registry, name_taken
 from core.problems import Problem, ProblemDetails, invalid_field, problem
 from core.settings import Secrets, Settings
@@ -39,7 +39,7 @@ class Job:
 
     def __init__(self, wanted: AddLora) -> None:
         source = wanted.source.model_dump(exclude_none=True) if isinstance(wanted.source, BaseModel) else wanted.source
-        self.state = JobState(id=f"lora_{uuid.uuid4().hex}", source=str(source)[:500], status="queued", created_at=now(), progress=Progress())
+        self.state = JobState(id=f"lora_{uuid.uuid4().hex}", source=str(source)[:500], status="queued", created_at=now(), progress=DownloadProgress())
         self.wanted = wanted
         self.task: asyncio.Task[Added] | None = None
         self._marks: list[tuple[float, int]] = []
@@ -59,7 +59,7 @@ class Job:
         since, had = self._marks[0]
         rate = (done - had) / (now - since) if now > since else 0.0
         eta = (total - done) / rate if total is not None and rate else None
-        self.state.progress = Progress(value=done / total if total else 0, bytes=done, total_bytes=total, rate=round(rate), eta_s=None if eta is None else round(eta, 1))
+        self.state.progress = DownloadProgress(value=done / total if total else 0, bytes=done, total_bytes=total, rate=round(rate), eta_s=None if eta is None else round(eta, 1))
 
     def finish(self, status: Literal["succeeded", "failed", "canceled"], result: Added | None = None, error: ProblemDetails | None = None) -> None:
         self.state.status, self.state.result, self.state.error, self.state.completed_at = status, result, error, now()

@@ -85,7 +85,7 @@ class AddLora(Terms):
         return name
 
 
-class Progress(BaseModel):
+class DownloadProgress(BaseModel):
     """How far a download is. `value`: 0 to 1; rate in bytes a second over the last ten seconds."""
 
     value: float = 0
@@ -114,7 +114,7 @@ class JobState(BaseModel):
     created_at: str
     started_at: str | None = None
     completed_at: str | None = None
-    progress: Progress
+    progress: DownloadProgress
     result: Added | None = None
     error: ProblemDetails | None = None
 
@@ -136,6 +136,13 @@ class RemoveLora(_Input):
     """Which LoRA to remove."""
 
     name: str = Field(max_length=200)
+
+
+class Changed(BaseModel):
+    """A LoRA's entry as it is after a change."""
+
+    name: str
+    lora: dict[str, Any]
 
 
 class Removed(BaseModel):
