@@ -27,6 +27,7 @@ from api import (
     preprocess,
     replay,
     seed,
+    studio,
     typed,
     upscaling,
     usage,
@@ -62,7 +63,7 @@ def build(settings: Settings) -> FastAPI:
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
-    contracts = (seed, replay, openai, links, preprocess, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage, metrics)
+    contracts = (seed, replay, openai, links, preprocess, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage, metrics, studio)
     for contract in contracts:
         app.include_router(contract.router)
     app.state.routes = [route for contract in contracts for route in contract.router.routes]

@@ -19,7 +19,7 @@ from bentoml._internal.context import server_context
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import backend, errors, links
+from api import backend, errors, links, studio
 from core import logs, metrics, problems
 from core.auth import Caller, Keys
 from core.draining import Draining
@@ -60,6 +60,7 @@ class Gate:
         # Those come and go with their own replicas; one that works is enough.
         self._elsewhere = {place.name for name, urls in (("StableDiffusion", settings.stable_diffusion.urls), ("UniDiffuser", settings.unidiffuser.urls)) for place in elsewhere(name, urls)}
         self.public = {"/metrics"} if settings.auth.public_metrics else set()
+        self.public |= studio.paths()
         if settings.auth.public_docs:
             self.public |= {"/docs", "/openapi.json", "/docs.json", "/docs/oauth2-redirect"}
 

@@ -37,14 +37,14 @@ def bento(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_has_what_serving_needs(bento: Path) -> None:
     known = subprocess.run(["git", "ls-files", "api", "core", "runners", "wildcards", "starter"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     needed = [n for n in known if n.endswith((".safetensors", ".txt", "config.json", "tokenizer.json")) or (n.endswith(".py") and not n.startswith("starter"))]
-    missing = [name for name in [*needed, "service.py", "configuration.yaml", "lora_list.json", "styles.csv", "LICENSE"] if not (bento / "src" / name).is_file()]
+    missing = [name for name in [*needed, "studio/index.html", "studio/app.js", "studio/style.css", "studio/icon.svg", "service.py", "configuration.yaml", "lora_list.json", "styles.csv", "LICENSE"] if not (bento / "src" / name).is_file()]
     assert not missing
 
 
 def test_it_has_nothing_else(bento: Path) -> None:
     src = bento / "src"
     assert {p.name for p in src.iterdir()} <= {
-        "api", "core", "runners", "starter", "wildcards",
+        "api", "core", "runners", "starter", "studio", "wildcards",
         "service.py", "configuration.yaml", "lora_list.json", "styles.csv", "LICENSE", "README.md", "bentofile.yaml",
     }  # fmt: skip
     assert not [name for name in STRAYS if (src / name).exists()]

@@ -1,0 +1,164 @@
+// The form: what can be asked of each model, what is asked, and what is in the making.
+
+import { $, announce, clearProblem, make, rights, showProblem } from "./dom.js";
+import * as gallery from "./gallery.js";
+import { aborted, asProblem, Problem } from "./http.js";
+import { draw } from "./job.js";
+import * as loras from "./loras.js";
+import * as source from "./mask.js";
+
+const form = $("create");
+let models = new Map(); // id -> {model, task}
+let extras = {}; // parameters of a reused picture that the form has no control for
+
+/** Offer what GET /capabilities tells. */
+export function offer(capabilities) {
+  const groups = [
+    ["Stable Diffusion", capabilities, "generate"],
+    ["UniDiffuser", capabilities.unidiffuser, "prompt2img"],
+  ].filter(([, runner]) => runner.device !== null);
+  models = new Map(groups.flatMap(([, runner, task]) => runner.models.map((model) => [model.model_id, { model, task }])));
+  const chosen = $("model_id").value;
+  $("model_id").replaceChildren(
+    ...groups.map(([label, runner]) => make("optgroup", { label }, runner.models.map(({ model_id: id }) => make("option", { value: id, defaultSelected: id === capabilities.default }, id)))),
+  );
+  if (models.has(chosen)) $("model_id").value = chosen;
+  adapt();
+}
+
+/** Fit the form to the model that is chosen. */
+function adapt() {
+  const { model, task } = models.get($("model_id").value) ?? {};
+  if (!model) return;
+  $("model-badges").replaceChildren(...rights(model).filter(Boolean), make("span", { className: "badge" }, model.state));
+  for (const name of ["num_inference_steps", "guidance_scale", "count_returned"]) limit(name, model[name]);
+  for (const name of ["width", "height"]) limit(name, model.size, model.size.multiple_of);
+  $("negative_prompt").disabled = !model.negative_prompt;
+  $("source").hidden = task !== "generate";
+  if (task !== "generate") source.take(null);
+  loras.show(model.loras);
+  offerSchedulers();
+}
+
+function limit(name, { default: usual, min, max }, step = null) {
+  Object.assign($(name), { placeholder: usual, min, max });
+  if (step) $(name).step = step;
+}
+
+function offerSchedulers() {
+  const { model } = models.get($("model_id").value) ?? {};
+  const names = (source.picture() && model?.img2img?.schedulers) || model?.schedulers || [];
+  const chosen = $("scheduler").value;
+  $("scheduler").replaceChildren(make("option", { value: "" }, "the model's own"), ...names.map((name) => make("option", {}, name)));
+  $("scheduler").value = names.includes(chosen) ? chosen : "";
+}
+
+/** Fill the form with the parameters of a request, by name, and its input pictures. */
+export async function use(settings, inputs = {}) {
+  form.reset();
+  await source.take(inputs.image ?? null);
+  if (inputs.mask) await source.takeMask(inputs.mask);
+  const rest = { ...settings };
+  loras.choose(rest.lora ?? "");
+  delete rest.lora;
+  if (models.has(rest.model_id)) $("model_id").value = rest.model_id;
+  adapt();
+  for (const [name, value] of Object.entries(rest)) {
+    const control = form.elements[name];
+    if (!control) continue;
+    if (control.type === "checkbox") control.checked = String(value) === control.value;
+    else control.value = value;
+    delete rest[name];
+  }
+  $("strength").dispatchEvent(new Event("input"));
+  extras = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== null && value !== ""));
+  showExtras();
+  announce("The settings are in the form.");
+  $("prompt").focus();
+}
+
+function showExtras() {
+  const rows = Object.entries(extras).map(([name, value]) => {
+    const drop = () => {
+      delete extras[name];
+      showExtras();
+      $("generate").focus();
+    };
+    return make("li", {}, `${name}: ${value} `, make("button", { type: "button", onclick: drop, "aria-label": `Leave out ${name}` }, "Leave out"));
+  });
+  $("extras").replaceChildren(...rows);
+  $("extras").hidden = !rows.length;
+}
+
+/** What is asked: {task, fields, inputs}. Throws a Problem for what is no number. */
+async function asked() {
+  const fields = { ...extras };
+  for (const control of form.elements) {
+    if (!control.name || control.disabled) continue;
+    if (control.validity.badInput) throw new Problem({ title: "Invalid parameters", detail: `${control.name} is not a number.`, errors: [{ field: control.name, message: "is not a number" }] });
+    if (control.type === "checkbox" ? control.checked : control.value.trim()) fields[control.name] = control.value;
+  }
+  if (loras.value()) fields.lora = loras.value();
+  const inputs = { image: source.picture(), mask: await source.mask() };
+  if (!inputs.mask) delete fields.inpaint_full_res;
+  return { task: models.get(fields.model_id)?.task ?? "generate", fields, inputs };
+}
+
+async function submit(event) {
+  event.preventDefault();
+  clearProblem($("create-problem"), form);
+  let card = null;
+  try {
+    const request = await asked();
+    const body = new FormData();
+    for (const [name, value] of [...Object.entries(request.fields), ...Object.entries(request.inputs)]) if (value !== null) body.append(name, value);
+    card = makeCard(request.fields.prompt ?? "");
+    gallery.add(await draw(request.task, body, card.signal), request);
+  } catch (error) {
+    if (aborted(error)) announce("Cancelled");
+    else showProblem($("create-problem"), asProblem(error), form)?.focus();
+  } finally {
+    card?.remove();
+  }
+}
+
+/** A row for what is in the making, with its own way to cancel it. */
+function makeCard(prompt) {
+  const controller = new AbortController();
+  const cancel = make("button", { type: "button", onclick: () => controller.abort() }, "Cancel");
+  const row = make(
+    "li",
+    {},
+    make("div", { className: "about" }, make("p", { className: "cut" }, prompt), make("progress", { "aria-label": `Progress of ${prompt}` })),
+    cancel,
+  );
+  $("jobs").prepend(row);
+  announce("Begun");
+  return {
+    signal: controller.signal,
+    remove() {
+      const focused = row.contains(document.activeElement);
+      row.remove();
+      if (focused) $("generate").focus();
+    },
+  };
+}
+
+form.addEventListener("submit", submit);
+form.addEventListener("reset", () => {
+  clearProblem($("create-problem"), form);
+  extras = {};
+  showExtras();
+  source.take(null);
+  loras.choose("");
+  setTimeout(() => {
+    adapt();
+    $("strength").dispatchEvent(new Event("input"));
+  });
+});
+form.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+});
+$("model_id").addEventListener("change", adapt);
+document.addEventListener("easel-picture", offerSchedulers);
+gallery.connect({ use, start: (blob) => source.take(blob).then(() => $("strength").focus()) });
