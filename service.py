@@ -19,13 +19,14 @@ from pydantic_settings import SettingsError
 from simple_di.providers import SingletonFactory
 from yaml import YAMLError
 
-from api import animate, app, backend, gate, multimodal, quotas, typed, upscaling
+from api import animate, app, backend, gate, multimodal, quotas, typed, upscaling, usage
 from core import logs, settings, tracing
 from core.auth import Keys, NoKeys
 from core.draining import Draining
 from core.model_settings import Models, Queue
 from core.placement import Place, elsewhere, gpus_seen, places, share
 from core.settings import Settings
+from core.usage import LaterVersion
 from runners.diffusion import DiffusionRunner
 
 
@@ -51,8 +52,9 @@ try:
     configured = settings.load()
     keys = Keys(configured, settings.secrets())
     stable_diffusion_places, unidiffuser_places = place(configured)
+    usage.prepare()
     tracing.configure()
-except (NoKeys, FileNotFoundError, ValueError, SettingsError, YAMLError) as error:
+except (NoKeys, LaterVersion, FileNotFoundError, ValueError, SettingsError, YAMLError) as error:
     raise SystemExit(f"Easel cannot start. {error}") from None
 logs.configure(configured.server)
 http = app.build(configured)

@@ -32,6 +32,12 @@ def ledger() -> Ledger | None:
     return Ledger(settings.beside_configuration(path)) if path else None
 
 
+def prepare() -> None:
+    """Bring the log to this version. Raises: LaterVersion: where it is a later Easel's."""
+    if log := ledger():
+        log.prepare()
+
+
 async def record(plan: Plan, generation: Generation) -> None:
     """Write a request down, off the event loop; never raises."""
     if log := ledger():

@@ -2,7 +2,8 @@
 
 An append-only SQLite file, written after each answer and read by GET /admin/usage. Keys stand in it
 by their hash, prompts do not. Failing to write is logged and never fails a request; a file that is
-corrupt is moved aside and a new one begun.
+corrupt is moved aside and a new one begun. An older version's file is brought to this one, a newer
+one's is left alone: neither written nor read.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ _COLUMNS: dict[Group, str] = {
 }  # fmt: skip
 
 
+class LaterVersion(OSError):
+    """The file is of a version that this Easel does not know."""
+
+
 @dataclass(frozen=True)
 class Line:
     """A line of a report. `group` has a value for each of the asked groups (None: no LoRA);
@@ -68,6 +73,19 @@ class Ledger:
         self.path = path
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
+
+    def prepare(self) -> None:
+        """Bring the file to this version, before anything is written down.
+
+        Raises:
+            LaterVersion: see there. Whatever else is wrong is logged, and tried again with the next request.
+        """
+        try:
+            self._use(lambda _: None)
+        except LaterVersion:
+            raise
+        except (sqlite3.Error, OSError) as error:
+            log.error("the usage log %s cannot be used: %s", self.path, error)
 
     def append(self, plan: Plan, generation: Generation) -> None:
         """Write down what was drawn; whatever goes wrong is logged, not raised."""
@@ -143,7 +161,6 @@ class Ledger:
             try:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = NORMAL")
-                connection.executescript(_SCHEMA)
                 _upgrade(connection)
             except BaseException:
                 connection.close()
@@ -173,8 +190,16 @@ class Ledger:
 
 
 def _upgrade(connection: sqlite3.Connection) -> None:
-    """Bring a file to this version, once, whichever process comes first."""
-    if connection.execute("PRAGMA user_version").fetchone()[0] >= len(_ADDED):
+    """Bring a file to this version, once, whichever process comes first.
+
+    Raises:
+        LaterVersion: for a file that a later Easel has written.
+    """
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(_ADDED):
+        raise LaterVersion(f"The usage log's version is {version}, and this Easel knows {len(_ADDED)}: use the Easel that wrote it, or another usage.path")
+    connection.executescript(_SCHEMA)
+    if version == len(_ADDED):
         return
     with connection:
         connection.execute("BEGIN IMMEDIATE")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from core.loras import Lora, Registry
-from core.loras.registry import is_name
+from core.loras.registry import SCHEMA_VERSION, is_name
 from core.problems import Problem
 from core.settings import ROOT
 
@@ -50,6 +50,24 @@ def test_the_seeds_file_is_read_and_stays_readable_by_the_seeds_readers(registry
     assert set(before) <= set(content["other"])
     assert content["other"]["trigger words"] == []
     assert content["other"]["model_id"] is None
+
+
+def test_an_entry_says_which_schema_it_has_and_a_later_one_is_refused(registry: Registry) -> None:
+    registry.put(lora("other"))
+    content = json.loads(registry.path.read_text())
+    assert "schema_version" not in content["model_name"]
+    assert content["other"]["schema_version"] == SCHEMA_VERSION
+    registry.change("model_name", nsfw=True)
+    assert json.loads(registry.path.read_text())["model_name"]["schema_version"] == SCHEMA_VERSION
+    assert set(registry.entries()) == {"model_name", "other"}
+    content = json.loads(registry.path.read_text())
+    content["later"] = content["other"] | {"schema_version": SCHEMA_VERSION + 1}
+    registry.path.write_text(json.dumps(content))
+    assert set(registry.entries()) == {"model_name", "other"}
+    assert f"'later': schema_version: {SCHEMA_VERSION + 1} is a later Easel's; this one reads up to {SCHEMA_VERSION}" in (registry.warning or "")
+    with pytest.raises(Problem, match="a later Easel's"):
+        registry.put(lora("more"))
+    assert json.loads(registry.path.read_text()) == content
 
 
 def test_a_local_entry_is_found_beside_the_registry(registry: Registry) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,8 +18,8 @@ from core.generation import AppliedLora, Generation, Ran, Timing
 from core.model_settings import Model, Models
 from core.plans import Pixels, Plan
 from core.requests import GenerationRequest
-from core.settings import Settings
-from core.usage import Ledger, Line
+from core.settings import ROOT, Settings
+from core.usage import _SCHEMA, LaterVersion, Ledger, Line
 
 CATALOGUE = Catalogue(Settings(models=Models(default="m", catalogue=[Model(id="m", family="starter", commercial_use=True)])))
 
@@ -104,6 +107,44 @@ def test_a_corrupt_file_is_moved_aside(ledger: Ledger, caplog: pytest.LogCapture
     aside = list(ledger.path.parent.glob("usage.sqlite3.corrupt-*"))
     assert [p.read_bytes() for p in aside if not p.name.endswith(("-wal", "-shm"))] == [content]
     assert "corrupt" in caplog.text
+
+
+def test_an_earlier_versions_file_is_brought_to_this_one_with_what_it_holds(ledger: Ledger) -> None:
+    with sqlite3.connect(ledger.path) as connection:  # the first version had no column for flagged pictures
+        connection.executescript(_SCHEMA)
+        connection.execute("INSERT INTO usage VALUES (1, 0, 'k1', 'm', 4, 64, 64, 25, 0, 1, '[]')")
+    connection.close()
+    ledger.prepare()
+    ledger.append(plan(), drawn(3))
+    assert total(ledger) == Line({}, requests=2, pictures=7, picture_steps=175, flagged=0)
+
+
+def test_a_later_versions_file_is_refused_and_left_alone(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
+    with sqlite3.connect(ledger.path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(LaterVersion, match="version is 99, and this Easel knows 1"):
+        ledger.prepare()
+    ledger.append(plan(), drawn())
+    assert "not in the usage log" in caplog.text
+    with pytest.raises(LaterVersion):
+        ledger.report(None, None, [])
+    with sqlite3.connect(ledger.path) as connection:
+        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == []
+    connection.close()
+
+
+def test_easel_does_not_start_with_a_later_versions_file(tmp_path: Path) -> None:
+    path = tmp_path / "usage.sqlite3"
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    started = subprocess.run(
+        [sys.executable, "-c", "import service"], capture_output=True, text=True, timeout=120, cwd=ROOT,
+        env={**os.environ, "EASEL_USAGE__PATH": str(path), "API_KEY": "k", "ADMIN_API_KEY": "a"},
+    )  # fmt: skip
+    assert started.returncode == 1
+    assert started.stderr.strip().endswith("Easel cannot start. The usage log's version is 99, and this Easel knows 1: use the Easel that wrote it, or another usage.path")
 
 
 def test_a_file_taken_away_is_begun_anew(ledger: Ledger) -> None:

@@ -1,7 +1,8 @@
 """The registry of LoRAs and embeddings: lora_list.json, what each entry says, and where its weights are.
 
 The file keeps the seed's schema (a JSON object of name to entry, "trigger words" with a blank), so
-that its other readers go on working; fields beyond the seed's are optional. It may be edited by
+that its other readers go on working; fields beyond the seed's are optional. Each entry says by
+`schema_version` which fields it may have; one without it is the seed's. It may be edited by
 hand while the service runs: it is read anew when it has changed. core.loras.rights and core.loras.installing
 decide what an entry says; requests look entries up here, in every process.
 """
@@ -29,6 +30,7 @@ from core.settings import ROOT
 
 log = logging.getLogger("easel.loras")
 LOCK_TIMEOUT_S = 20
+SCHEMA_VERSION = 2  # 1, never written down: the seed's entries, whose file is known by the address alone
 Kind = Literal["lora", "embedding"]
 NOUNS: dict[Kind, str] = {"lora": "LoRA", "embedding": "embedding"}
 NAME_RULE = "1 to 100 characters; not : , < > / \\ \" or control characters; no blank or dot at either end"
@@ -53,6 +55,7 @@ class Lora(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 
     name: str = Field(exclude=True)
+    schema_version: int = Field(1, ge=1)
     model_id: int | None = None
     base_model: str
     kind: Kind = "lora"
@@ -79,6 +82,13 @@ class Lora(BaseModel):
             raise ValueError(f"{name[:120]!r} cannot name a LoRA: {NAME_RULE}")
         return name
 
+    @field_validator("schema_version")
+    @classmethod
+    def known_version(cls, version: int) -> int:
+        if version > SCHEMA_VERSION:
+            raise ValueError(f"{version} is a later Easel's; this one reads up to {SCHEMA_VERSION}. Use that Easel, or add the LoRA anew with this one")
+        return version
+
     @field_validator("file_name")
     @classmethod
     def bare_file_name(cls, name: str | None) -> str | None:
@@ -97,9 +107,9 @@ class Lora(BaseModel):
         return None if self.allow_no_mention else self.creator or "the author of " + self.name
 
     def entry(self) -> dict[str, Any]:
-        """As the file has it: the seed's fields always, others where they are known."""
+        """As the file has it, in this version: the seed's fields always, others where they are known."""
         content = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"kind"} if self.kind == "lora" else None)
-        return {"model_id": self.model_id, **content}
+        return {"model_id": self.model_id, **content, "schema_version": SCHEMA_VERSION}
 
 
 class Registry:
