@@ -101,8 +101,8 @@ def schema(model: type[BaseModel], mode: Any = "validation") -> Json:
 
 
 def operation_id(route: APIRoute) -> str:
-    """Its name, behind its contract's."""
-    return f"{route.tags[0]}_{route.name}"
+    """Its name, behind its contract's; a page has none."""
+    return f"{route.tags[0]}_{route.name}" if route.tags else route.name
 
 
 def complete(app: FastAPI) -> Callable[[], Json]:
