@@ -24,7 +24,7 @@ from core import logs, settings, tracing
 from core.auth import Keys, NoKeys
 from core.draining import Draining
 from core.model_settings import Models, Queue
-from core.placement import Place, elsewhere, gpus_seen, places, share
+from core.placement import Place, addresses, elsewhere, gpus_seen, places, share
 from core.settings import Settings
 from core.usage import LaterVersion
 from runners.diffusion import DiffusionRunner
@@ -113,7 +113,7 @@ def on(models: Models, place: Place) -> Models:
 StableDiffusion, *_more_stable_diffusion = map(stable_diffusion, stable_diffusion_places)
 UniDiffuser, *_more_unidiffuser = map(unidiffuser, unidiffuser_places)
 _workers = [StableDiffusion, *_more_stable_diffusion, UniDiffuser, *_more_unidiffuser]
-_urls = {place.name: place.url for place in (*stable_diffusion_places, *unidiffuser_places)}
+_urls = addresses(configured)
 
 
 class _Entry(typed.TypedApis, animate.AnimationApis, upscaling.UpscaleApi, multimodal.MultimodalApis):
@@ -122,11 +122,11 @@ class _Entry(typed.TypedApis, animate.AnimationApis, upscaling.UpscaleApi, multi
     @bentoml.on_startup
     async def begin(self) -> None:
         draining.install()
-        await backend.connect(self, {name for name, url in _urls.items() if url}, settings.secrets().runner_key.get_secret_value())
+        await backend.connect(self, set(_urls), settings.secrets().runner_key.get_secret_value())
 
 
 for worker in _workers:
-    setattr(_Entry, backend.attribute(worker.name), bentoml.depends(worker, url=_urls[worker.name]))  # those with an address are not started here
+    setattr(_Entry, backend.attribute(worker.name), bentoml.depends(worker, url=_urls.get(worker.name)))  # those with an address are not started here
 ImageGeneration = bentoml.service(name="ImageGeneration", traffic=traffic(configured.unidiffuser.queue), **common)(bentoml.asgi_app(http)(_Entry))
 
 door: dict[str, Any] = {"settings": configured, "keys": keys, "quotas": quotas.of_process(), "http": http, "draining": draining}

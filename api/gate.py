@@ -23,7 +23,7 @@ from api import backend, errors, links, studio
 from core import logs, metrics, problems
 from core.auth import Caller, Keys
 from core.draining import Draining
-from core.placement import elsewhere
+from core.placement import addresses
 from core.plans import Task
 from core.problems import Problem, problem
 from core.quotas import Quotas
@@ -58,7 +58,7 @@ class Gate:
         self.app, self.http, self.settings, self.keys, self.quotas, self.draining = app, http, settings, keys, quotas, draining
         self._met: set[str] = set()
         # Those come and go with their own replicas; one that works is enough.
-        self._elsewhere = {place.name for name, urls in (("StableDiffusion", settings.stable_diffusion.urls), ("UniDiffuser", settings.unidiffuser.urls)) for place in elsewhere(name, urls)}
+        self._elsewhere = addresses(settings).keys()
         self.public = {"/metrics"} if settings.auth.public_metrics else set()
         self.public |= studio.paths()
         if settings.auth.public_docs:

@@ -43,7 +43,7 @@ _DOCUMENTED: dict[str, Any] = {
 @lru_cache(maxsize=1)
 def assistant() -> Assistant:
     """This process's way to the language model."""
-    return Assistant(settings.load().llm, settings.secrets())
+    return Assistant(settings.load().llm, settings.secrets(), settings.load().server.log_prompts)
 
 
 @router.get("/llm_prompt_assistance", **_DOCUMENTED)

@@ -16,7 +16,8 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from starlette.responses import Response
 
 from api import backend, document
-from core import metrics
+from core import metrics, settings
+from core.placement import addresses, runner_of
 from core.problems import Problem
 
 router = APIRouter(tags=["metrics"])
@@ -26,8 +27,14 @@ router = APIRouter(tags=["metrics"])
 async def prometheus() -> Response:
     """Counts and gauges of this server ([what they are](docs/operations.md)); with a key, unless auth.public_metrics."""
     # The workers set their gauges when they are asked how they are.
+    # Those that are served elsewhere are replicas, which come and go: it matters that one of them answers.
+    up: dict[str, bool] = {}
+    elsewhere = addresses(settings.load())
     for name, status in (await backend.statuses()).items():
-        metrics.RUNNER_UP.labels(name).set(not isinstance(status, Problem))
+        runner = runner_of(name) if name in elsewhere else name
+        up[runner] = up.get(runner, False) or not isinstance(status, Problem)
+    for runner, answers in up.items():
+        metrics.RUNNER_UP.labels(runner).set(answers)
     return Response(await asyncio.to_thread(_collected), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -53,9 +53,10 @@ class _Completion(BaseModel):
 
 
 class Assistant:
-    """The upstream by its settings. At most `concurrent_requests` are asked at once."""
+    """The upstream by its settings. At most `concurrent_requests` are asked at once. `log_words`: what it says of an error may be logged."""
 
-    def __init__(self, settings: Llm, secrets: Secrets) -> None:
+    def __init__(self, settings: Llm, secrets: Secrets, log_words: bool = False) -> None:
+        self._log_words = log_words
         self.settings, self._key = settings, secrets.llm_api_key.get_secret_value().strip()
         self._asking = 0
 
@@ -146,15 +147,17 @@ class Assistant:
         return Answer(choice.message.content.strip(), completion.model, choice.finish_reason == "length")
 
     def _refusal(self, response: httpx.Response, body: bytes) -> Problem:
-        """Another status than 200. What the upstream says of it is for the operator's log: it may quote its key."""
+        """Another status than 200. What the upstream says of it is for the operator's log, where prompts may be there: it may quote the
+        text, and its key."""
         status, said = response.status_code, body[:300].decode(errors="replace")
-        log.warning("the language model answered %d: %s", status, said.replace(self._key, "KEY") if self._key else said)
+        said = said.replace(self._key, "KEY") if self._key else said
+        log.warning("the language model answered %d: %s", status, said if self._log_words else "(server.log_prompts: true has what it says logged)")
         if status in (408, 429) or status >= 500:
             after = parse_retry_after(response.headers.get("retry-after"))
             return unavailable(f"The language model is busy or fails ({status}). Try again later.", retry_after=min(int(30 if after is None else after) + 1, 3600), slug="llm-busy")
         if status in (401, 403):
             return problem(502, "llm-refused", "Language model refused", f"The language model refuses Easel's access ({status}); the operator should check LLM_API_KEY.")
-        return problem(502, "llm-refused", "Language model refused", f"The language model answered {status}; the server's log has what it said.")
+        return problem(502, "llm-refused", "Language model refused", f"The language model answered {status}; the server's log has what it said, where server.log_prompts is on.")
 
 
 def _decoded(response: httpx.Response, body: bytes) -> str:

@@ -11,6 +11,7 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
 from core.model_settings import Models, Workers
+from core.settings import Settings
 
 _SEEN = "_EASEL_GPUS"
 MAX_WORKERS = 64
@@ -82,6 +83,12 @@ def places(name: str, workers: Workers, models: Models, gpu: float, gpus: int, d
 def elsewhere(name: str, urls: Sequence[str]) -> list[Place]:
     """A place for each worker that is served at an address of its own."""
     return [Place(_numbered(name, i), None, 0, url) for i, url in enumerate(urls)]
+
+
+def addresses(settings: Settings) -> dict[str, str]:
+    """The addresses of the workers that are served elsewhere, by name."""
+    runners = {"StableDiffusion": settings.stable_diffusion.urls, "UniDiffuser": settings.unidiffuser.urls}
+    return {place.name: place.url for name, urls in runners.items() for place in elsewhere(name, urls) if place.url}
 
 
 def runner_of(worker: str) -> str:

@@ -56,6 +56,8 @@ def test_workers_that_are_not_there_are_passed_over(servers: tuple[Server, Serve
     entry, _ = servers
     states = requests.get(entry.url + "/readyz", timeout=20).json()["runners"]
     assert states == {"StableDiffusion": "ready", "StableDiffusion2": "down", "UniDiffuser": "down"}
+    up = [line for line in entry.get("/metrics").text.splitlines() if line.startswith("easel_runner_up")]
+    assert up == ['easel_runner_up{runner="StableDiffusion"} 1.0', 'easel_runner_up{runner="UniDiffuser"} 0.0']
     body = problem(entry.post("/img2prompt", files={"image": jpeg()}), 503)
     assert body["type"].endswith(":runner-gone")
 

@@ -130,8 +130,12 @@ def test_an_answer_that_is_none_is_a_bad_gateway(fake: FakeLlm, fault: str) -> N
 @pytest.mark.parametrize(("status", "ours"), [(400, 502), (401, 502), (404, 502), (429, 503), (500, 503), (302, 502)])
 def test_an_upstreams_error_is_told_without_its_words(fake: FakeLlm, caplog: pytest.LogCaptureFixture, status: int, ours: int) -> None:
     fake.fault, fake.said = status, f"wrong key {KEY}".encode()
-    found = refusal(assistant(fake))
+    asked = assistant(fake)
+    found = refusal(asked)
     assert found.details.status == ours
+    assert "wrong" not in caplog.text  # it might be the prompt
+    assert f"answered {status}" in caplog.text
+    refusal(Assistant(asked.settings, Secrets(llm_api_key=KEY), log_words=True))
     assert KEY not in caplog.text
     assert "wrong key KEY" in caplog.text
     if status == 429:
