@@ -27,7 +27,7 @@ keys: .venv/serve.stamp  ## write API keys into .env where there are none, and s
 
 bench: .venv/test.stamp  ## measure against raw diffusers and other servers; writes bench/results.md
 	$(BIN)/python bench/run.py $(ARGS)
-	$(BIN)/python bench/unidiffuser.py
+	$(BIN)/python bench/queue_cost.py
 
 bento: .venv/serve.stamp  ## build a Bento
 	EASEL_AUTH__MODE=off $(BIN)/bentoml build

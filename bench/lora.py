@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import overhead
+from scenarios import STARTER
 from turns import REPLY_S, ROOT, Server, processor, spread, write
 
 sys.path.insert(0, str(ROOT))
@@ -40,6 +40,8 @@ from runners.residency import Residency
 from tests import lora_files
 
 SECTION = "## LoRAs"
+PROMPT = "red apple on a table"
+ASKED = {"prompt": PROMPT, "model_id": STARTER, "guidance_scale": 5.0}
 CLIENTS, LORAS = 8, 4
 
 
@@ -71,7 +73,7 @@ def make_loras(folder: Path) -> list[str]:
         tensors = lora_files.diffusers_layout(lora_files.matrices(pipe, seed=i, size=0.05))
         paths.append(str(lora_files.write(folder / f"random{i}.safetensors", tensors)))
         entries[f"random{i}"] = {
-            "model_id": None, "base_model": overhead.MODEL, "lora_path": "made by bench/lora.py", "trigger words": [],
+            "model_id": None, "base_model": STARTER, "lora_path": "made by bench/lora.py", "trigger words": [],
             "allow_no_mention": True, "usage_rights": "None", "file_name": f"random{i}.safetensors",
         }  # fmt: skip
     (folder / "lora_list.json").write_text(json.dumps(entries))
@@ -79,7 +81,7 @@ def make_loras(folder: Path) -> list[str]:
 
 
 def plain_pipeline() -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(ROOT / overhead.MODEL, safety_checker=None, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / STARTER, safety_checker=None, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -88,11 +90,11 @@ def measure_switching(paths: list[str], steps: int, switches: int) -> dict[str, 
     """Milliseconds of each kind, again and again: a switch, a denoising step, a LoRA's and the model's loading."""
     configured = settings.load()
     catalogue = Catalogue(configured)
-    entry = catalogue.find(overhead.MODEL)
+    entry = catalogue.find(STARTER)
     home = Residency(configured.models, loading.device_for(configured.models.device))
     path, dtype = loading.fetch(entry, None), torch.float32
     loras = [PlannedLora(name=Path(p).stem, weight=1, path=p, sha256=None, commercial_use=False, credit=None) for p in paths]
-    plan = catalogue.plan(GenerationRequest(prompt=overhead.PROMPT, seed=0, num_inference_steps=steps, model_id=entry.id), None, "bench")
+    plan = catalogue.plan(GenerationRequest(prompt=PROMPT, seed=0, num_inference_steps=steps, model_id=entry.id), None, "bench")
     plan = plan.model_copy(update={"loras": loras[:1]})
     taken: dict[str, list[float]] = {kind: [] for kind in ("switch", "step", "lora", "reload")}
 
@@ -119,7 +121,7 @@ def measure_switching(paths: list[str], steps: int, switches: int) -> dict[str, 
 def measure_serving(paths: list[str], options: argparse.Namespace) -> list[tuple[float, float]]:
     """Pictures per second over HTTP and of the plain loop, in turns."""
     pipe, end, rates = plain_pipeline(), time.monotonic() + options.limit_s, []
-    asked = {**overhead.ASKED, "num_inference_steps": options.steps}
+    asked = {**ASKED, "num_inference_steps": options.steps}
     with Server() as server:
 
         def client(number: int) -> None:
@@ -141,7 +143,7 @@ def measure_serving(paths: list[str], options: argparse.Namespace) -> list[tuple
             for number in range(CLIENTS * options.pictures):
                 pipe.load_lora_weights(paths[number % LORAS], adapter_name="one")
                 generator = torch.Generator("cpu").manual_seed(number)
-                pipe(overhead.PROMPT, num_inference_steps=options.steps, guidance_scale=5.0, width=64, height=64, generator=generator)
+                pipe(PROMPT, num_inference_steps=options.steps, guidance_scale=5.0, width=64, height=64, generator=generator)
                 pipe.unload_lora_weights()
             return CLIENTS * options.pictures / (time.perf_counter() - began)
 
@@ -168,7 +170,7 @@ def report(switching: dict[str, list[float]], serving: list[tuple[float, float]]
         f"`.venv/bin/python bench/lora.py {' '.join(sys.argv[1:])}".strip() + f"`, {datetime.now(UTC):%Y-%m-%d}, {processor()}, {os.cpu_count()} cores "
         f"(load average {load:.1f} before the run), Python {platform.python_version()}, {versions}.",
         "",
-        f"{overhead.MODEL}, float32, 64x64, {options.steps} steps, {torch.get_num_threads()} torch threads; random LoRAs of rank {lora_files.RANK} on the attention of "
+        f"{STARTER}, float32, 64x64, {options.steps} steps, {torch.get_num_threads()} torch threads; random LoRAs of rank {lora_files.RANK} on the attention of "
         f"denoiser and text encoder ({os.path.basename(paths[0])} and others). Ratios are of medians.",
         "",
         "| what | ms, median (min to max) | switch / this |",

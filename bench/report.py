@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import environments
+import plot
 import turns
 from arrivals import Block, percentile, ratio
 from scenarios import Scenario
@@ -21,9 +22,13 @@ RAW = "raw loop"
 
 
 def write(results: Path, measured: Measured) -> None:
-    text = section(measured)
-    turns.write(results, SECTION, text)
-    print(text)
+    """Put the section into the results, and the plot beside them."""
+    names = [contender.name for contender in measured.started.running if contender.name != RAW]
+    rows = {s.name: {name: ratios(s, measured.of(s, name), measured.of(s, RAW)) for name in names} for s in measured.scenarios}
+    plot.draw(results.with_suffix(".svg"), rows)
+    whole = section(measured, results.with_suffix(".svg").name)
+    turns.write(results, SECTION, whole)
+    print(whole)
 
 
 def ratios(scenario: Scenario, mine: Sequence[Block | None], raw: Sequence[Block | None]) -> list[float]:
@@ -38,7 +43,7 @@ def text(values: list[float]) -> str:
     return f"{middle} ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else middle
 
 
-def section(measured: Measured) -> str:
+def section(measured: Measured, picture: str) -> str:
     names = [contender.name for contender in measured.started.running]
     others = [name for name in names if name != RAW]
     peers = "; ".join(environments.versions(name.lower()) for name in others if name != "Easel")
@@ -51,6 +56,8 @@ def section(measured: Measured) -> str:
         f"a second, here {next((s.pictures[0].steps for s in measured.scenarios if 'miniature' in s.name), 0)}; float32. All draw the same pictures in turns, "
         "round by round; each ratio is to the raw loop's block of the same round: median (least to greatest), over 1 is faster than the raw loop. "
         "Pictures a second are compared; where arrivals wait for nobody, the median latency.",
+        "",
+        f"![Ratios to the raw loop, by scenario]({picture})",
         "",
         f"| scenario | pictures, rounds | {' | '.join(others)} |",
         f"| --- | ---: | {' | '.join('---:' for _ in others)} |",

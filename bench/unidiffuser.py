@@ -1,7 +1,7 @@
 """Captions and embeddings through HTTP against a plain loop over the pipeline, and captions while pictures are made.
 
-`.venv/bin/python bench/unidiffuser.py` works as bench/overhead.py does: the service (the entry with
-both runners) and a process with diffusers alone take turns. The raw loop does the same useful work,
+`.venv/bin/python bench/unidiffuser.py` has two take turns: the service (the entry with
+both runners) and a process with diffusers alone. The raw loop does the same useful work,
 one picture after another: open a JPEG, crop it to the model's size, call UniDiffuserPipeline for a
 caption, or its CLIP and VAE encoders for embeddings, and write JSON.
 """
@@ -23,11 +23,13 @@ from functools import lru_cache, partial
 from typing import Any
 
 import turns
-from overhead import ASKED, CLIENTS, POST
 from PIL import Image, ImageDraw
+from scenarios import STARTER
 from turns import REPLY_S, ROOT, Block, Pairs, RawLoop, Server, percentiles, row, spread, where
 
 SECTION = "## UniDiffuser: captions and embeddings"
+CLIENTS = (1, 8)
+PICTURE = {"prompt": "red apple on a table", "model_id": STARTER, "num_inference_steps": 25, "guidance_scale": 5.0}  # what is drawn meanwhile
 STEPS, GUIDANCE = 20, 8.0
 TASKS = {"caption": "/img2prompt", "embed": "/img2embed"}
 
@@ -90,7 +92,7 @@ def beside_pictures(server: Server, calls: int) -> tuple[Block, Block, float]:
     def draw() -> None:
         with server.session() as session:
             while not stop.is_set():
-                answer = session.post(server.url + POST, params={**ASKED, "seed": len(drawn)}, timeout=REPLY_S)
+                answer = session.post(server.url + "/post_config", params={**PICTURE, "seed": len(drawn)}, timeout=REPLY_S)
                 drawn.append(answer.status_code)
 
     with ThreadPoolExecutor(1) as pool:

@@ -6,6 +6,7 @@ import asyncio
 import statistics
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ def _beside_the_bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Its modules are scripts that find each other by their folder."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     yield
-    for name in ("arrivals", "scenarios", "driving", "contenders", "environments", "turns"):
+    for name in ("arrivals", "scenarios", "driving", "contenders", "environments", "turns", "plot", "report"):
         sys.modules.pop(name, None)
 
 
@@ -101,3 +102,19 @@ def test_no_seed_is_zero_and_quick_asks_for_little() -> None:
     assert all(p.seed for s in full for p in s.pictures)
     assert [s.way for s in quick(full)] == [s.way for s in full]
     assert sum(p.steps for s in quick(full) for p in s.pictures) < sum(p.steps for s in full for p in s.pictures) / 10
+
+
+def test_the_results_have_the_ratio_of_each_round_with_its_spread_and_a_plot(tmp_path: Path) -> None:
+    import plot
+    import report
+    from arrivals import Block, Sample
+    from scenarios import Scenario, different
+
+    scenario = Scenario("1 client", "closed", different(1))
+    mine, raw = ([Block([Sample(0, s)], s) for s in seconds] for seconds in ((1.0, 2.0, 4.0), (2.0, 2.0, 2.0)))
+    assert report.ratios(scenario, [mine[0], None, mine[2]], raw) == [2.0, 0.5]  # a block that failed takes its round with it
+    assert report.text(report.ratios(scenario, mine, raw)) == "1.00 (0.50 to 2.00)"
+    plot.draw(tmp_path / "results.svg", {"1 client": {"Easel": [0.5, 1.0, 2.0], "LitServe": []}})
+    drawn = (tmp_path / "results.svg").read_text()
+    assert "Easel" in drawn
+    assert "1 client" in drawn
