@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -186,7 +187,12 @@ class Started:
     running: list[Any]
     failed: dict[str, str]
     pids: list[int]
-    start_s: dict[str, float]
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Go on without a peer."""
+        self.running = [contender for contender in self.running if contender.name != name]
+        self.failed[name] = f"{type(error).__name__} {error}"[-500:]
+        print(f"{name} is left out: {self.failed[name]}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -220,7 +226,7 @@ def started(models: Path, only: set[str] | None = None) -> Iterator[Started]:
             return server
 
         loop = stack.enter_context(contextlib.closing(RawLoop(str(PEERS / "raw.py"), {}, env)))
-        here = Started([Raw(loop)], {}, [loop.pid], {})
+        here = Started([Raw(loop)], {}, [loop.pid])
         here.running.append(Easel(start(Server(env=configured(models, folders[MINIATURE])))))
         for name, make in (("BentoML", bentoml), ("LitServe", litserve), ("hf-serve", hf_serve)):
             if only is not None and name not in only:
@@ -228,7 +234,7 @@ def started(models: Path, only: set[str] | None = None) -> Iterator[Started]:
             try:
                 here.running.append(make())
             except Exception as error:
-                here.failed[name] = str(error)[-500:]
+                here.fail(name, error)
         yield here
 
 

@@ -155,8 +155,7 @@ async def warm_up(measured: Measured, image: bytes) -> None:
             except Exception as error:
                 if contender.alone:
                     raise
-                measured.started.running.remove(contender)
-                measured.started.failed[contender.name] = str(error)[-500:]
+                measured.started.fail(contender.name, error)
                 continue
             reference = reference or drawn
             measured.differences[contender.name] = max(difference(a, b) for a, b in zip(drawn, reference, strict=True) if a)

@@ -118,7 +118,7 @@ class Server:
         )
         self.pid = self._process.pid
         try:
-            self._await_ready(started + 180)
+            self._await_ready(started + REPLY_S)
             self.start_s = time.monotonic() - started
         except BaseException:
             self.__exit__(*sys.exc_info())
@@ -130,8 +130,10 @@ class Server:
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)  # the group is this server and its workers
+            self._process.kill()
             self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # workers that outlived their server, whose group this is
         if kind:
             self._log.seek(0)
             print(self._log.read().decode(errors="replace")[-3000:], file=sys.stderr)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import reprlib
 import sys
 
-if sys.version_info < (3, 12):
-    _Repr = reprlib.Repr
 
-    def _with_limits(**limits: int) -> reprlib.Repr:
-        made = _Repr()
-        vars(made).update(limits)
-        return made
+class Repr(reprlib.Repr):
+    def __init__(self, **limits: int) -> None:
+        super().__init__()
+        vars(self).update(limits)
 
-    reprlib.Repr = _with_limits  # type: ignore[misc, assignment]
 
-from hf_serve.cli import main
+def main() -> None:
+    if sys.version_info < (3, 12):
+        reprlib.Repr = Repr  # type: ignore[misc]
+    from hf_serve.cli import main
 
-main()
+    main()
+
+
+if __name__ == "__main__":
+    main()
