@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from api import answering, drawing, reading
+from api import answering, document, drawing, reading
+from api.answering import GenerationResponse
 from api.seed import PICTURES
 from core import images, replay
 from core.problems import invalid_field
@@ -36,16 +37,22 @@ class ReplayResponse(BaseModel):
     notes: list[str]
 
 
-_ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The request; with run the picture, as /post_config answers it.", "content": {**PICTURES[200]["content"], "application/json": {"schema": ReplayResponse.model_json_schema()}}}
-}
-_DOCUMENT = {
-    "parameters": [{"name": "run", "in": "query", "required": False, "description": ReplayParameters.model_fields["run"].description, "schema": {"type": "boolean", "default": False}}],
-    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {"type": "object", "required": ["image"], "properties": {"image": {"type": "string", "format": "binary"}}}}}},
-}
+_ANSWERS = document.gives(
+    "The request; with run the picture, as /post_config answers it.",
+    {
+        **{kind: body["schema"] for kind, body in PICTURES[200]["content"].items()},
+        "application/json": {"anyOf": [document.schema(ReplayResponse, "serialization"), document.schema(GenerationResponse, "serialization")]},
+    },
+    headers=answering.HEADERS,
+)
 
 
-@router.post("/replay", response_class=Response, responses=_ANSWERS, openapi_extra=_DOCUMENT)
+@router.post(
+    "/replay",
+    response_class=Response,
+    responses=_ANSWERS | document.refuses(406, *document.WORK),
+    openapi_extra=document.takes_query(ReplayParameters, {"image": 1}, ["image"], "Picture"),
+)
 async def post_replay(request: Request) -> Response:
     """The request that made a picture of Easel's or A1111's, read from the picture's metadata."""
     settings: Settings = request.app.state.settings
