@@ -31,7 +31,7 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",  # asked for again by its ETag: a new version shows at once
 }
-router = APIRouter(include_in_schema=False)
+router = APIRouter(tags=["studio"], include_in_schema=False)
 
 
 @dataclass(frozen=True)
