@@ -1,4 +1,5 @@
-"""Words that no prompt may have, as the operator lists them. core.wording asks for every prompt that is drawn.
+"""Words that no prompt may have, as the operator lists them. core.wording asks for every prompt that is drawn, runners.safety
+for every text that is written.
 
 It stops what is written plainly, not who wants to get around it: the pictures themselves are looked at
 by runners.safety.

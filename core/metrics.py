@@ -45,6 +45,7 @@ LOAD_FAILURES = Counter("easel_model_load_failures_total", "Models that could no
 UNLOAD_SECONDS = Histogram("easel_model_unload_seconds", "Unloading a model, by why", ["runner", "model", "reason"], buckets=_SHORT)
 OUT_OF_MEMORY = Counter("easel_out_of_memory_total", "Times that the device's memory ran out; mostly less was tried then", ["runner"])
 FLAGGED = Counter("easel_flagged_pictures_total", "Pictures flagged by the safety checker, sent in or drawn", ["where"])
+WITHHELD = Counter("easel_withheld_texts_total", "Texts that UniDiffuser wrote, withheld for a word of the blocklist")
 
 _shown: set[str] = set()  # models that RESIDENT_BYTES has told of
 

@@ -1,5 +1,5 @@
-"""The safety checker: every picture that goes into a model or comes out of one is looked at, by what
-configuration.yaml says under `safety`; no request can ask for less.
+"""The safety checker: every picture that goes into a model or comes out of one is looked at, and every text that comes
+out is read, by what configuration.yaml says under `safety`; no request can ask for less.
 
 runners.device has it look at a plan's pictures before they are used, and at a generation's before anyone
 sees them, so that no route passes it by. What cannot be looked at is not given out.
@@ -19,6 +19,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from core import metrics, problems, settings
+from core.blocklist import Blocklist
 from core.generation import Generation
 from core.images import to_pil
 from core.plans import Pixels, Plan
@@ -28,14 +29,16 @@ log = logging.getLogger("easel.safety")
 # Which of some pictures (RGB, any size) are flagged.
 Detector = Callable[[list[Image.Image]], list[bool]]
 _HUB = "CompVis/stable-diffusion-safety-checker"
+WITHHELD = "[withheld]"  # in the place of a text with words of the blocklist
 _MOSAIC = 12  # a blurred picture has so many colours along its longer side: no filter brings back the rest
 
 
 class SafetyChecker:
-    """The checker by its settings; off, it lets everything pass and loads nothing."""
+    """The checker by its settings; off, it lets every picture pass and loads nothing. Texts are read in any mode."""
 
     def __init__(self, configured: settings.Safety, device: torch.device) -> None:
         self.settings, self._device = configured, device
+        self._words = Blocklist.configured(configured)
         self._lock = threading.Lock()
         self._detector: Detector | None = None
 
@@ -71,7 +74,20 @@ class SafetyChecker:
         return None
 
     def censor(self, generation: Generation) -> Generation:
-        """The generation with every flagged picture replaced, and said so in `ran`."""
+        """The generation with every flagged picture and every text with words of the blocklist replaced, and said so in `ran`."""
+        return self._seen(self._read(generation))
+
+    def _read(self, generation: Generation) -> Generation:
+        stopped = [self._words.stops(text) for text in generation.texts]
+        if not any(stopped):
+            return generation
+        assert generation.ran is not None
+        metrics.WITHHELD.inc(sum(stopped))
+        notes = [*generation.ran.notes, f"{sum(stopped)} of {len(stopped)} texts had words that are not allowed here, and were withheld"]
+        texts = [WITHHELD if stops else text for text, stops in zip(generation.texts, stopped, strict=True)]
+        return generation.model_copy(update={"texts": texts, "ran": generation.ran.model_copy(update={"notes": notes})})
+
+    def _seen(self, generation: Generation) -> Generation:
         ran, pictures = generation.ran, generation.pictures
         if self.settings.mode == "off" or generation.problem:
             return generation
