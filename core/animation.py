@@ -21,14 +21,14 @@ from core.requests import GenerationRequest
 
 AnimationFormat = Literal["gif", "webp", "mp4"]
 MEDIA_TYPES: dict[AnimationFormat, str] = {"gif": "image/gif", "webp": "image/webp"}
-if find_spec("av"):  # an installation may do without it, and so without x264's licence (docs/container.md)
+if find_spec("av"):  # an extra, since its wheel has x264, which is under the GPL (docs/container.md)
     MEDIA_TYPES["mp4"] = "video/mp4"
 
 
 def _format(value: object) -> object:
     name = value.lower() if isinstance(value, str) else value
     if name == "mp4" and name not in MEDIA_TYPES:
-        raise ValueError("mp4 needs the package av, which is not installed here; there are gif and webp")
+        raise ValueError("mp4 needs the package av, an extra that is not installed here (pip install 'easel[video]'); there are gif and webp")
     return name
 
 

@@ -232,5 +232,5 @@ def test_bentomls_client_gets_the_animation_as_a_file(server: Server) -> None:
 def test_without_av_mp4_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(animation.MEDIA_TYPES, "mp4")
     assert AnimationRequest(prompt="x", format="WEBP").format == "webp"
-    with pytest.raises(ValueError, match="mp4 needs the package av"):
+    with pytest.raises(ValueError, match=r"mp4 needs the package av.*pip install 'easel\[video\]'"):
         AnimationRequest(prompt="x", format="mp4")
