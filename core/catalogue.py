@@ -169,6 +169,8 @@ class Catalogue:
         if errors:
             raise invalid(errors)
 
+        if not entry.listed:
+            notes.append(f"the licence of {entry.id} is not known here, so that commercial use counts as not allowed")
         guidance = entry.guidance if request.guidance_scale is None else request.guidance_scale
         if worded.negative_prompt and guidance <= 1:
             notes.append("negative_prompt has no effect at a guidance_scale of 1 or less")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -12,14 +14,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import yaml
+from huggingface_hub import constants
 
+from api import answering
+from core import metadata
 from core.catalogue import Catalogue
 from core.generation import AppliedLora, Generation, Ran, Timing
 from core.model_settings import Model, Models
 from core.plans import Pixels, Plan
+from core.problems import Problem
 from core.requests import GenerationRequest
 from core.settings import ROOT, Settings
 from core.usage import _SCHEMA, LaterVersion, Ledger, Line
+from runners.device import Device
 
 CATALOGUE = Catalogue(Settings(models=Models(default="m", catalogue=[Model(id="m", family="starter", commercial_use=True)])))
 
@@ -160,3 +168,38 @@ def test_a_log_that_cannot_be_written_is_logged_and_fails_nothing(tmp_path: Path
     with caplog.at_level(logging.ERROR):
         Ledger(tmp_path / "folder").append(plan(), drawn())
     assert "not in the usage log" in caplog.text
+
+
+def test_a_hub_model_of_unknown_licence_counts_as_not_for_commercial_use(tmp_path: Path, miniatures: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unlisted id, whose files are in the hub's cache: told in what ran, headers and metadata, and refused for commercial=true."""
+    snapshot = tmp_path / "models--someone--mini-sd/snapshots" / ("0" * 40)
+    shutil.copytree(miniatures["sd15"], snapshot)
+    (tmp_path / "models--someone--mini-sd/refs").mkdir()
+    (tmp_path / "models--someone--mini-sd/refs/main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    settings = Settings(models=Models(allow_unlisted=True, default="someone/mini-sd", device="cpu", cpu_threads=1))
+    catalogue = Catalogue(settings)
+    request = GenerationRequest(prompt="x", seed=1, num_inference_steps=1, width=128, height=128)
+    device = Device(settings, catalogue)
+    try:
+        made = device.submit(catalogue.plan(request, None, "k"), device.fetch(catalogue.find(None))).result(60)
+    finally:
+        device.queue.close()
+    assert made.ran is not None
+    headers = answering.describe(made.ran, made.seeds)
+    assert (headers["X-Easel-Licence"], headers["X-Easel-Commercial-Use"]) == ("unknown", "not allowed")
+    assert "the licence of someone/mini-sd is not known here" in headers["X-Easel-Notes"]
+    record = json.loads(metadata.texts(made, 0)["easel"])
+    assert (record["licence"], record["commercial_use"]) == ("unknown", False)
+    with pytest.raises(Problem, match=r"someone/mini-sd \(unknown\) does not allow commercial use"):
+        catalogue.plan(request.model_copy(update={"commercial": True}), None, "k")
+
+
+def test_every_model_that_is_listed_says_its_licence() -> None:
+    listed = yaml.safe_load((ROOT / "configuration.yaml").read_text())
+    parts = [part for name in ("catalogue", "controlnets", "ip_adapters") for part in listed["models"][name]]
+    parts += [*listed["unidiffuser"]["catalogue"], *listed["animation"]["motion_adapters"]]
+    assert not [part["id"] for part in parts if "licence" not in part or "commercial_use" not in part]
+    flux = next(part for part in parts if part["id"] == "black-forest-labs/FLUX.1-dev")
+    assert (flux["licence"], flux["commercial_use"]) == ("FLUX.1-dev Non-Commercial", False)
