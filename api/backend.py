@@ -173,9 +173,9 @@ async def _submit(target: Runner, plan: Plan) -> Generation:
     for attempt in range(ATTEMPTS):
         try:
             return await _reach(target.run(plan))
-        except Problem as problem:
+        except Problem as gone:
+            log.error("the runner did not answer: %s", type(gone.__cause__).__name__)
             if attempt + 1 == ATTEMPTS:
-                log.error("the runner did not answer: %s", type(problem.__cause__).__name__)
                 raise
             await _answer(lambda: target.cancel(plan.id))
     raise AssertionError("unreachable")
