@@ -19,7 +19,7 @@ from pydantic_settings import SettingsError
 from simple_di.providers import SingletonFactory
 from yaml import YAMLError
 
-from api import animate, app, backend, gate, multimodal, quotas, typed, upscaling, usage
+from api import animate, app, backend, gate, jobs, multimodal, quotas, typed, upscaling, usage
 from core import logs, settings, tracing
 from core.auth import Keys, NoKeys
 from core.draining import Draining
@@ -84,7 +84,7 @@ def traffic(*queues: Queue | None) -> dict[str, float]:
 def stable_diffusion(place: Place) -> Any:
     @bentoml.service(**of_runner(place))
     @bentoml.asgi_app(http)
-    class StableDiffusion(typed.TypedApis, animate.AnimationApis, upscaling.UpscaleApi, DiffusionRunner):
+    class StableDiffusion(typed.TypedApis, animate.AnimationApis, upscaling.UpscaleApi, jobs.JobsLife, DiffusionRunner):
         """Stable Diffusion on one device."""
 
         def __init__(self) -> None:
@@ -96,7 +96,7 @@ def stable_diffusion(place: Place) -> Any:
 def unidiffuser(place: Place) -> Any:
     @bentoml.service(**of_runner(place, configured.unidiffuser.queue))
     @bentoml.asgi_app(http)
-    class UniDiffuser(multimodal.MultimodalApis, DiffusionRunner):
+    class UniDiffuser(multimodal.MultimodalApis, jobs.JobsLife, DiffusionRunner):
         """UniDiffuser on one device."""
 
         def __init__(self) -> None:
@@ -116,8 +116,10 @@ _workers = [StableDiffusion, *_more_stable_diffusion, UniDiffuser, *_more_unidif
 _urls = addresses(configured)
 
 
-class _Entry(typed.TypedApis, animate.AnimationApis, upscaling.UpscaleApi, multimodal.MultimodalApis):
+class _Entry(typed.TypedApis, animate.AnimationApis, upscaling.UpscaleApi, multimodal.MultimodalApis, jobs.JobsLife):
     """The entry: every contract on one port."""
+
+    draining = draining
 
     @bentoml.on_startup
     async def begin(self) -> None:

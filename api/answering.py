@@ -5,7 +5,6 @@ Headers tell what ran. Their values are ours or checked; a prompt never goes int
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
@@ -18,7 +17,8 @@ import mimeparse
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from core import images, metadata
+from core import animation, images, metadata
+from core.animation import AnimationFormat, AnimationRequest
 from core.generation import Generation, Ran
 from core.multimodal import PicturesRequest
 from core.problems import problem
@@ -67,6 +67,26 @@ class GenerationResponse(BaseModel):
     ran: Ran
 
 
+class CaptionResponse(BaseModel):
+    """`captions[i][k]` is caption k of picture i, made with `seeds[k]`."""
+
+    captions: list[list[str]]
+    seeds: list[int]
+    ran: Ran
+
+
+class TextsResponse(BaseModel):
+    texts: list[str]
+    seeds: list[int]
+    ran: Ran
+
+
+class JointResponse(GenerationResponse):
+    """Pictures, each with its text."""
+
+    texts: list[str]
+
+
 def choose(accept: str, request: GenerationRequest | PicturesRequest | UpscaleRequest) -> tuple[str, ImageFormat]:
     """The media type to answer with and the pictures' format.
 
@@ -96,22 +116,38 @@ def negotiate(accept: str, offers: list[str]) -> str:
     return str(best)
 
 
-async def answer(generation: Generation, request: GenerationRequest | UpscaleRequest, accept: str, embed: bool) -> Response:
-    """Encode the pictures (in a worker thread) and build the response."""
+def answer(generation: Generation, request: GenerationRequest | PicturesRequest | UpscaleRequest, accept: str, embed: bool) -> Response:
+    """Encode the pictures and build the response; for a worker thread."""
     media_type, format = choose(accept, request)
-    return await asyncio.to_thread(_build, generation, media_type, format, request.quality, embed)
+    return _build(generation, media_type, format, request.quality, embed)
 
 
-async def as_json(generation: Generation, request: GenerationRequest | PicturesRequest, embed: bool) -> GenerationResponse:
-    """The JSON answer as a model, for the typed APIs."""
+def as_json(generation: Generation, request: GenerationRequest | PicturesRequest, embed: bool) -> GenerationResponse:
+    """The JSON answer as a model, for the typed APIs; for a worker thread."""
     assert generation.ran is not None
-    files = await asyncio.to_thread(encode_all, generation, request.format, request.quality, embed)
+    files = encode_all(generation, request.format, request.quality, embed)
     return GenerationResponse(
         images=[base64.b64encode(f).decode() for f in files],
         media_type=images.MEDIA_TYPES[request.format],
         seeds=generation.seeds,
         ran=generation.ran,
     )
+
+
+def captions(generation: Generation) -> CaptionResponse:
+    assert generation.ran is not None
+    each, made = len(generation.seeds), generation.texts
+    return CaptionResponse(captions=[made[i : i + each] for i in range(0, len(made), each)], seeds=generation.seeds, ran=generation.ran)
+
+
+def texts(generation: Generation) -> TextsResponse:
+    assert generation.ran is not None
+    return TextsResponse(texts=generation.texts, seeds=generation.seeds, ran=generation.ran)
+
+
+def animation_file(generation: Generation, request: AnimationRequest, format: AnimationFormat, embed: bool) -> bytes:
+    text = metadata.texts(generation, 0).get("parameters") if embed else None
+    return animation.encode(generation.pictures, request.fps, format, request.quality, text)
 
 
 def _build(generation: Generation, media_type: str, format: ImageFormat, quality: int, embed: bool) -> Response:
@@ -135,10 +171,12 @@ def _build(generation: Generation, media_type: str, format: ImageFormat, quality
 
 def encode_all(generation: Generation, format: ImageFormat, quality: int, embed: bool) -> list[bytes]:
     """Each picture as a file, with its own metadata where `embed` says so."""
-    return [
-        images.encode(picture, format, quality, metadata.texts(generation, i) if embed else None)
-        for i, picture in enumerate(generation.pictures)
-    ]
+    return [encode(generation, i, format, quality, embed) for i in range(len(generation.pictures))]
+
+
+def encode(generation: Generation, index: int, format: ImageFormat, quality: int, embed: bool) -> bytes:
+    """One of the pictures, as `encode_all` does."""
+    return images.encode(generation.pictures[index], format, quality, metadata.texts(generation, index) if embed else None)
 
 
 def _bundle(generation: Generation, files: list[bytes], media_type: str, format: ImageFormat) -> tuple[bytes, str]:

@@ -17,6 +17,7 @@ from api import (
     document,
     errors,
     experiments,
+    jobs,
     links,
     llm,
     loras,
@@ -28,13 +29,13 @@ from api import (
     replay,
     seed,
     studio,
+    tasks,
     typed,
     upscaling,
     usage,
 )
 from core import __version__
 from core import metrics as count
-from core.catalogue import Catalogue
 from core.problems import FieldError, Problem, invalid, problem, shown
 from core.settings import Settings
 
@@ -58,12 +59,12 @@ def build(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.settings = settings
-    app.state.catalogue = Catalogue(settings)
+    app.state.catalogue = tasks.catalogue("StableDiffusion")
     app.state.loras = loras.installer()
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
-    contracts = (seed, replay, openai, links, preprocess, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage, metrics, studio)
+    contracts = (seed, replay, jobs, openai, links, preprocess, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage, metrics, studio)
     for contract in contracts:
         app.include_router(contract.router)
     app.state.routes = [route for contract in contracts for route in contract.router.routes]

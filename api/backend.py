@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Literal, TypeVar, cast
 
 import bentoml
@@ -27,6 +27,7 @@ from core.status import RunnerStatus
 log = logging.getLogger("easel.api")
 T = TypeVar("T")
 Service = Literal["StableDiffusion", "UniDiffuser"]
+Follow = Callable[[Runner], Awaitable[None]]
 # By the names of the entry's dependencies.
 SERVICES: dict[Service, str] = {"StableDiffusion": "stable_diffusion", "UniDiffuser": "unidiffuser"}
 ANSWER_S = 3.0
@@ -104,9 +105,16 @@ async def unload(worker: str, model_id: str) -> int:
     return await workers()[worker].unload(model_id)
 
 
-async def generate(plan: Plan, request: Request | None, name: Service = "StableDiffusion") -> Generation:
-    """Have a plan done by one of a runner's workers; by another where that one dies. Without a request
-    (a call within this process) nobody can leave.
+async def generate(
+    plan: Plan, request: Request | None, name: Service = "StableDiffusion", *, gone: asyncio.Event | None = None, follow: Follow | None = None, admitted: bool = False
+) -> Generation:
+    """Have a plan done by one of a runner's workers; by another where that one dies.
+
+    Args:
+        request: whose client's leaving ends the work; None for a call within this process.
+        gone: ends it as well.
+        follow: runs as long as a worker has the plan.
+        admitted: the key's places for generations at once were looked at before (of a job, when it was submitted).
 
     Raises:
         Problem: what the worker says; 503 where all are gone; 499 where the client is; 404 where the runner is not here;
@@ -115,20 +123,20 @@ async def generate(plan: Plan, request: Request | None, name: Service = "StableD
     able = workers_of(name)
     plan = plan.model_copy(update={"request_id": logs.request_id.get()})
     logs.note(**logs.of_plan(plan))
-    async with quotas.of_process().work(plan):
-        return await _generated(plan, request, able)
+    async with quotas.of_process().work(plan, admitted):
+        return await _generated(plan, able, _ended(request, gone), follow)
 
 
-async def _generated(plan: Plan, request: Request | None, able: dict[str, Runner]) -> Generation:
+async def _generated(plan: Plan, able: dict[str, Runner], end: Awaitable[None], follow: Follow | None) -> Generation:
     several = len(able) > 1
     if plan.experiment and plan.experiment.counts:
         await asyncio.to_thread(trials.configured(settings.load()).count, plan.experiment)
-    gone = asyncio.ensure_future(_disconnected(request))
+    gone = asyncio.ensure_future(end)
     try:
         while True:
             worker = await routing.choose(able, plan.model_id)
             try:
-                with routing.in_hand(worker, plan.model_id):
+                with routing.in_hand(worker, plan.model_id), _meanwhile(follow, able[worker]):
                     generation = await _watched(worker, able[worker], plan, gone)
                 break
             except Problem as problem:
@@ -181,10 +189,21 @@ async def _submit(target: Runner, plan: Plan) -> Generation:
     raise AssertionError("unreachable")
 
 
-async def _disconnected(request: Request | None) -> None:
-    """Return when the client has closed its connection. The request's body has been read before."""
+@contextlib.contextmanager
+def _meanwhile(follow: Follow | None, runner: Runner) -> Iterator[None]:
+    """Run what follows a plan at its worker."""
+    task = asyncio.ensure_future(follow(runner)) if follow else None
+    try:
+        yield
+    finally:
+        if task:
+            task.cancel()
+
+
+async def _ended(request: Request | None, gone: asyncio.Event | None) -> None:
+    """Return when the client has closed its connection (the request's body has been read before), or `gone` is set."""
     if request is None:
-        await asyncio.Event().wait()
+        await (gone or asyncio.Event()).wait()
         return
     while (await request.receive())["type"] != "http.disconnect":
         pass

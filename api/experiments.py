@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.responses import JSONResponse
 
-from api import document, multimodal, reading
+from api import document, reading, tasks
 from core import settings, significance, trials
 from core.catalogue import Catalogue
 from core.experiments import Definition, Name, Variant, subject_key
@@ -137,7 +137,8 @@ def _can_run(definition: Definition, catalogue: Catalogue) -> None:
     """
     errors: list[FieldError] = []
     for i, variant in enumerate(definition.variants):
-        theirs = multimodal.catalogue() if variant.settings.get("model_id") in multimodal.catalogue().entries else catalogue
+        unidiffuser = tasks.catalogue("UniDiffuser")
+        theirs = unidiffuser if variant.settings.get("model_id") in unidiffuser.entries else catalogue
         prompt = variant.prompt.replace("{prompt}", "x") if variant.prompt else "x"
         try:
             theirs.plan(GenerationRequest.model_validate({**variant.settings, "prompt": prompt}), Inputs(), "experiment")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
 
-from api import backend, document, multimodal
+from api import backend, document, tasks
 from core import guides, preprocessing
 from core.adapters import MAX_WEIGHT
 from core.catalogue import Catalogue
@@ -116,7 +116,7 @@ async def capabilities(request: Request) -> WholeOffer:
         safety=settings.safety.mode,
         preprocessors=preprocessing.NAMES,
         loras=LoraLimits(max=settings.limits.loras, weight=Range(default=1, min=-MAX_WEIGHT, max=MAX_WEIGHT)),
-        unidiffuser=UnidiffuserOffer(**_offer(multimodal.catalogue(), _of("UniDiffuser", found)), images=settings.limits.images),
+        unidiffuser=UnidiffuserOffer(**_offer(tasks.catalogue("UniDiffuser"), _of("UniDiffuser", found)), images=settings.limits.images),
     )
 
 
@@ -196,7 +196,7 @@ async def buffer_status() -> BufferStatus:
 @router.post("/admin/unload")
 async def unload(request: Request, model_id: Annotated[str, Query(max_length=300, description="Which; all if left out.")] = "") -> Unloaded:
     """Unload a model, or all, once the work in hand is done (admin key)."""
-    catalogues = {"StableDiffusion": request.app.state.catalogue, "UniDiffuser": multimodal.catalogue()}
+    catalogues = {"StableDiffusion": request.app.state.catalogue, "UniDiffuser": tasks.catalogue("UniDiffuser")}
     for name in request.query_params:
         if name != "model_id":  # passing over a misspelt one would unload every model
             raise invalid_field(name[:80], f"unknown parameter{nearest(name, ['model_id'])}", ["model_id"])

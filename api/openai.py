@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.responses import JSONResponse, Response
 
-from api import answering, document, drawing, links, reading
+from api import answering, document, links, reading, tasks
 from core import images
 from core.catalogue import Catalogue
 from core.families import Entry
@@ -181,8 +181,8 @@ async def model(id: str, request: Request) -> ListedModel:
 
 
 async def _answer(asked: ImagesRequest, wanted: GenerationRequest, inputs: Inputs | None, request: Request) -> Response:
-    plan = await drawing.planned(wanted, inputs, request, _NAMES)
-    generation = await drawing.drawn(plan, request)
+    plan = await tasks.planned(wanted, inputs, request, _NAMES)
+    generation = await tasks.drawn(plan, request)
     assert generation.ran is not None
     settings: Settings = request.app.state.settings
     files = await asyncio.to_thread(answering.encode_all, generation, wanted.format, wanted.quality, settings.metadata.embed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from api import usage
+from api import job_store, usage
 from core import settings
 from core.auth import admins
 from core.quotas import Quotas
@@ -14,4 +14,4 @@ from core.quotas import Quotas
 def of_process() -> Quotas:
     """The counters of all keys, in this process."""
     configured = settings.load()
-    return Quotas(configured.quotas, admins(configured, settings.secrets()), usage.made_today)
+    return Quotas(configured.quotas, admins(configured, settings.secrets()), usage.made_today, lambda client: job_store.of_process().active(client))

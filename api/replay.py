@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from api import answering, document, drawing, reading
+from api import answering, document, reading, tasks
 from api.answering import GenerationResponse
 from api.seed import PICTURES
 from core import images, replay
@@ -69,9 +69,9 @@ async def post_replay(request: Request) -> Response:
     wanted = GenerationRequest.model_validate(found.request)
     accept = request.headers.get("accept", "*/*")
     answering.choose(accept, wanted)
-    generation = await drawing.drawn(await drawing.planned(wanted, None, request), request)
+    generation = await tasks.drawn(await tasks.planned(wanted, None, request), request)
     assert generation.ran is not None
     generation.ran.notes += found.notes
     if found.model_sha256 not in (None, generation.ran.model_sha256):
         generation.ran.notes.append("the model's weights are others than those that drew the original (another SHA-256)")
-    return await answering.answer(generation, wanted, accept, settings.metadata.embed)
+    return await tasks.answered(tasks.GENERATE, wanted, generation, accept)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from core.generation import Generation
 from core.plans import Plan
-from core.status import RunnerStatus
+from core.status import PlanProgress, RunnerStatus
 
 log = logging.getLogger("easel.api")
 ASK_S = 3.0  # how long a request waits for the statuses; one that loads a model may be late
@@ -30,6 +30,7 @@ class Runner(Protocol):
     async def cancel(self, plan_id: str) -> bool: ...
     async def unload(self, model_id: str) -> int: ...
     async def status(self) -> RunnerStatus: ...
+    async def progress(self, plan_id: str, preview: bool) -> PlanProgress: ...
 
 
 # (worker, model) of what this process has in hand; the size of each model seen; workers that do not answer.

@@ -5,11 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from api import answering, document, drawing, reading
+from api import answering, document, reading, tasks
 from api.answering import GenerationResponse
 from core import images
 from core.requests import GenerationRequest
-from core.settings import Settings
 
 router = APIRouter(tags=["generation"])
 
@@ -30,9 +29,4 @@ PICTURES = document.gives(
 )
 async def post_config(request: Request) -> Response:
     """Draw pictures from a prompt, and from an input image where one is sent, of which `mask` says what to repaint."""
-    settings: Settings = request.app.state.settings
-    wanted, inputs = await reading.read(request, settings.limits)
-    accept = request.headers.get("accept", "*/*")
-    answering.choose(accept, wanted)  # an answer that cannot be had is refused before the work
-    generation = await drawing.drawn(await drawing.planned(wanted, inputs, request), request)
-    return await answering.answer(generation, wanted, accept, settings.metadata.embed)
+    return await tasks.respond(tasks.GENERATE, request)

@@ -23,6 +23,7 @@ AnimationFormat = Literal["gif", "webp", "mp4"]
 MEDIA_TYPES: dict[AnimationFormat, str] = {"gif": "image/gif", "webp": "image/webp"}
 if find_spec("av"):  # an extra, since its wheel has x264, which is under the GPL (docs/container.md)
     MEDIA_TYPES["mp4"] = "video/mp4"
+FORMATS = {kind: format for format, kind in MEDIA_TYPES.items()}
 
 
 def _format(value: object) -> object:

@@ -8,6 +8,7 @@ Headers: https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers/ 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
@@ -36,10 +37,11 @@ class Quotas:
         admins: the ids of admin keys.
         made_today: how many pictures a key had made since the day (UTC) began, from the usage log: a
             restart forgets what a process has counted.
+        jobs: how many jobs of a key wait or run, and how many pictures they will make.
     """
 
-    def __init__(self, settings: QuotaSettings, admins: set[str], made_today: Callable[[str], int] = lambda _: 0) -> None:
-        self.settings, self._admins, self._made_today = settings, admins, made_today
+    def __init__(self, settings: QuotaSettings, admins: set[str], made_today: Callable[[str], int] = lambda _: 0, jobs: Callable[[str], tuple[int, int]] = lambda _: (0, 0)) -> None:
+        self.settings, self._admins, self._made_today, self._jobs = settings, admins, made_today, jobs
         storage = storage_from_string(f"async+{settings.storage}")
         self._requests, self._pictures = SlidingWindowCounterRateLimiter(storage), FixedWindowRateLimiter(storage)
         self._at_work: Counter[str] = Counter()
@@ -73,33 +75,46 @@ class Quotas:
         return headers
 
     @contextlib.asynccontextmanager
-    async def work(self, plan: Plan) -> AsyncIterator[None]:
+    async def work(self, plan: Plan, admitted: bool = False) -> AsyncIterator[None]:
         """Hold one of the key's places for generations at once; count the pictures if they come to be made.
+
+        Args:
+            admitted: a job's plan, which `admit` saw, and whose place the store of jobs holds.
 
         Raises:
             Problem: 422 where the plan is larger than the key may ask for at once, 429 with Retry-After where
                 its places are taken or its pictures of the day (UTC) used up.
         """
         client, quota = plan.client, self.of(plan.client)
-        wanted = plan.rows * plan.width * plan.height * max(1, plan.steps)
-        if quota.pixel_steps is not None and wanted > quota.pixel_steps:
-            allowed = f"at most {quota.pixel_steps} for this key: fewer steps or pictures, or a smaller size"
-            raise invalid_field("num_inference_steps", f"pixels times steps of all pictures are {wanted}", allowed, plan.num_inference_steps)
-        if quota.concurrent is not None and self._at_work[client] >= quota.concurrent:
-            raise _exceeded("concurrency-limit", f"This key may have {quota.concurrent} generations at once, waiting ones included.", 1)
-        self._at_work[client] += 1
-        self._promised[client] += plan.rows
+        if not admitted:
+            await self.admit(plan)
+            self._at_work[client] += 1
+            self._promised[client] += plan.rows
         try:
-            if quota.pictures_per_day is not None:
-                await self._check_pictures(client, quota.pictures_per_day, plan.rows)
             yield
             if quota.pictures_per_day is not None:
                 await self._count_pictures(client, quota.pictures_per_day, plan.rows)
         finally:
-            self._at_work[client] -= 1
-            self._promised[client] -= plan.rows
+            if not admitted:
+                self._at_work[client] -= 1
+                self._promised[client] -= plan.rows
 
-    async def _check_pictures(self, client: str, amount: int, count: int) -> None:
+    async def admit(self, plan: Plan) -> None:
+        """Whether the key may have so much now; raises as `work`."""
+        client, quota = plan.client, self.of(plan.client)
+        wanted = plan.rows * plan.width * plan.height * max(1, plan.steps)
+        if quota.pixel_steps is not None and wanted > quota.pixel_steps:
+            allowed = f"at most {quota.pixel_steps} for this key: fewer steps or pictures, or a smaller size"
+            raise invalid_field("num_inference_steps", f"pixels times steps of all pictures are {wanted}", allowed, plan.num_inference_steps)
+        if quota.concurrent is None and quota.pictures_per_day is None:
+            return
+        jobs, promised = await asyncio.to_thread(self._jobs, client)
+        if quota.concurrent is not None and self._at_work[client] + jobs >= quota.concurrent:
+            raise _exceeded("concurrency-limit", f"This key may have {quota.concurrent} generations at once, waiting ones included.", 1)
+        if quota.pictures_per_day is not None:
+            await self._check_pictures(client, quota.pictures_per_day, plan.rows, self._promised[client] + promised)
+
+    async def _check_pictures(self, client: str, amount: int, count: int, promised: int) -> None:
         now = datetime.now(UTC)
         item, day = RateLimitItemPerDay(amount), _day(now)
         try:
@@ -111,7 +126,7 @@ class Quotas:
         except Exception:
             log.exception("the store of the quotas does not answer; the request passes")
             return
-        left = max(0, left - (self._promised[client] - count))
+        left = max(0, left - promised)
         if count > left:
             midnight = datetime.combine(now.date() + timedelta(days=1), datetime.min.time(), UTC)
             detail = f"This key may have {amount} pictures a day (UTC) made; {left} are left, and {count} were asked for."

@@ -104,6 +104,17 @@ class Usage(Section):
     path: Path | None = Path("usage.sqlite3")
 
 
+class Jobs(Section):
+    """Where jobs are kept (an SQLite file beside the configuration, or a PostgreSQL that several entries share), and for
+    how long; how many a process does at once, how often one is tried, and when a process counts as dead."""
+
+    store: Annotated[str, Field(pattern=r"^(sqlite:///.+|postgresql\+psycopg://.+)$")] = "sqlite:///jobs.sqlite3"
+    retention_s: Seconds = 24 * 3600
+    at_once: Count = 16
+    attempts: Count = 3
+    lease_s: Seconds = 15
+
+
 class Quota(Section):
     """The limits of a key; null for none. `concurrent`: generations at once, those that wait included.
     `pixel_steps`: width x height x steps of all pictures of a request."""
@@ -197,6 +208,7 @@ class Settings(BaseSettings):
     prompts: Prompts = Prompts()
     animation: Animation = Animation()
     usage: Usage = Usage()
+    jobs: Jobs = Jobs()
     quotas: QuotaSettings = QuotaSettings()
     experiments: Experiments = Experiments()
     llm: Llm = Llm()

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from core.plans import Pixels
 from core.problems import ProblemDetails
 
 
@@ -48,6 +49,17 @@ class Progress(BaseModel):
     model_id: str
     steps_done: int
     steps: int | None
+
+
+class PlanProgress(BaseModel):
+    """How one plan is at a runner: `position` is 1 for the next one that runs; `preview`, where one is wanted, is
+    what there is after step `preview_step`, small or coarse."""
+
+    state: Literal["unknown", "waiting", "running"] = "unknown"
+    position: int | None = None
+    progress: Progress | None = None
+    preview: Pixels | None = None
+    preview_step: int | None = None
 
 
 class QueueStatus(BaseModel):

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from torch import Tensor
+
 from core import metrics
 from core.generation import AppliedLora, Generation, Timing
 from core.plans import Plan
 from core.status import Progress
-from runners import denoise, memory
+from runners import denoise, memory, previews
 from runners.guides import Guided
 from runners.memory import Way
 from runners.queue import DeviceQueue, Job
@@ -86,11 +88,12 @@ class Batch:
         model = metrics.model(self.resident.entry)
         steps, done = plan.steps * math.ceil(plan.rows / at_once), itertools.count(1)
 
-        def check(stepped: int = 0) -> None:
+        def check(stepped: int = 0, latents: Tensor | None = None) -> None:
             if stepped:
                 metrics.STEPS.labels(metrics.here(), model).inc()
                 job.progress = Progress(model_id=plan.model_id, steps_done=next(done), steps=steps)
                 self.left[job.id] -= 1
+                previews.show(job, self.resident, latents, job.progress.steps_done)
             job.check()
 
         def work() -> Generation:

@@ -36,7 +36,7 @@ from runners.loading import Kind
 from runners.prompts import Embedded
 from runners.residency import Resident
 
-Check = Callable[..., None]  # `check(stepped=rows)` after a denoising step of so many pictures
+Check = Callable[..., None]  # `check(stepped=rows, latents=...)` after a denoising step of so many pictures
 
 
 class Steps:
@@ -49,8 +49,9 @@ class Steps:
     def __call__(self, *told: Any) -> Any:
         self.run += 1
         self.last = time.perf_counter()
-        self._check(stepped=self.rows)
-        return told[-1]  # the tensors, which a callback may exchange
+        tensors = told[-1]  # which a callback may exchange
+        self._check(stepped=self.rows, latents=tensors.get("latents") if isinstance(tensors, dict) else None)
+        return tensors
 
 
 def generate(

@@ -27,7 +27,19 @@ from core.model_settings import ControlNet, IpAdapter, Model, MotionAdapter
 from core.plans import Plan
 from core.settings import Settings, beside_configuration, secrets
 from core.status import Progress
-from runners import animation, denoise, guides, loading, memory, motion, multimodal, optimising, upscaling, weights
+from runners import (
+    animation,
+    denoise,
+    guides,
+    loading,
+    memory,
+    motion,
+    multimodal,
+    optimising,
+    previews,
+    upscaling,
+    weights,
+)
 from runners.batch import Batch
 from runners.cores import Cores
 from runners.memory import Way
@@ -139,11 +151,14 @@ class Device:
         done = itertools.count(1)
         expected = None if plan.upscale else plan.steps * multimodal.passes(plan) * math.ceil(sum(p.rows for p in plans) / way.rows)
 
-        def check(stepped: int = 0) -> None:
+        def check(stepped: int = 0, latents: torch.Tensor | None = None) -> None:
             if stepped:
                 metrics.STEPS.labels(metrics.here(), metrics.model(entry)).inc(len(jobs))
                 metrics.BATCH_ROWS.labels(metrics.here()).observe(stepped)
-                jobs[0].progress = Progress(model_id=entry.id, steps_done=next(done), steps=expected)
+                progress = Progress(model_id=entry.id, steps_done=next(done), steps=expected)
+                for job in jobs:  # one batch: the progress of all is that of each
+                    job.progress = progress
+                previews.show(jobs[0], resident, latents, progress.steps_done)
             if self._cores:
                 self._cores.divide()
             check_all(jobs)

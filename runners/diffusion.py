@@ -24,7 +24,7 @@ from core.model_settings import Models
 from core.plans import Pixels, Plan
 from core.requests import GenerationRequest
 from core.settings import Settings
-from core.status import RunnerStatus
+from core.status import PlanProgress, RunnerStatus
 from core.upscaling import UpscaleRequest
 from runners.sharing import InHand
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from runners.device import Device
 
 log = logging.getLogger("easel.runner")
+WATCH_S = 3.0
 _WARM_UP = GenerationRequest(prompt="warm-up", num_inference_steps=1, seed=0)
 
 
@@ -99,6 +100,11 @@ class DiffusionRunner:
         if waiting := self._preparing.get(plan_id):
             return waiting.cancel()
         return self._in_hand.leave(plan_id)
+
+    @bentoml.api(route="/internal/progress")
+    async def progress(self, plan_id: str, preview: bool) -> PlanProgress:
+        """How a plan is here; with `preview`, what it looks like so far is made for some seconds."""
+        return self.device.queue.progress(self._in_hand.job_of(plan_id), WATCH_S if preview else 0)
 
     @bentoml.api(route="/internal/unload")
     async def unload(self, model_id: str) -> int:

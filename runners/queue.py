@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
 from core import metrics, problems
-from core.status import Progress, QueueStatus
+from core.plans import Pixels
+from core.status import PlanProgress, Progress, QueueStatus
 
 log = logging.getLogger("easel.queue")
 R = TypeVar("R")
@@ -60,6 +61,10 @@ class Job(Generic[R]):
     context: contextvars.Context = field(default_factory=contextvars.copy_context)  # of who submits it: the request's id, for logs
     started: float | None = None
     progress: Progress | None = None
+    watched_until: float = 0  # of time.monotonic: previews are made so long
+    preview: Pixels | None = None
+    preview_step: int | None = None
+    previewed: float = 0  # when it was made
     future: Future[R] = field(default_factory=Future)
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -190,9 +195,33 @@ class DeviceQueue:
                 return True
         return False
 
+    def progress(self, job_id: str, watch_s: float = 0) -> PlanProgress:
+        """How one job is; for so long, its previews are made."""
+        with self._changed:
+            if waiting := self._by_id.get(job_id):
+                waiting.watched_until = max(waiting.watched_until, time.monotonic() + watch_s)
+                return PlanProgress(state="waiting", position=1 + self._ahead(waiting))
+            for job in self._running:
+                if job.id == job_id:
+                    job.watched_until = max(job.watched_until, time.monotonic() + watch_s)
+                    shown = (job.preview, job.preview_step) if watch_s else (None, None)
+                    return PlanProgress(state="running", progress=job.progress, preview=shown[0], preview_step=shown[1])
+        return PlanProgress()
+
+    def _ahead(self, job: Job[Any]) -> int:
+        """How many that wait have their turn before a job, if none comes to share a batch."""
+        place = list(self._waiting[job.client]).index(job)
+        earlier, ahead = True, place
+        for client, jobs in self._waiting.items():
+            if client == job.client:
+                earlier = False
+            else:
+                ahead += min(len(jobs), place + earlier)
+        return ahead
+
     def status(self) -> QueueStatus:
         with self._changed:
-            progress = _all([job.progress for job in self._running if job.progress])
+            progress = _all(list({id(job.progress): job.progress for job in self._running if job.progress}.values()))  # a batch of alike jobs has one
             return QueueStatus(running=len(self._running), progress=progress, waiting=self._count, limit=self.limit, mean_service_s=self._mean_s)
 
     @property

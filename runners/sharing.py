@@ -79,6 +79,10 @@ class InHand:
         work.waiters[plan_id].set_result(None)
         return True
 
+    def job_of(self, plan_id: str) -> str:
+        """The id of the job that a plan waits for; its own for an unknown one."""
+        return work.id if (work := self._of.get(plan_id)) else plan_id
+
     def _ended(self, key: bytes, work: Work, outcome: asyncio.Future[Generation]) -> None:
         self._forget(key, work)
         if not outcome.cancelled():

@@ -1,0 +1,14 @@
+"""The jobs of this process, for the routes, the work and the quotas."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from core import settings
+from core.job_store import Store
+
+
+@lru_cache(maxsize=1)
+def of_process() -> Store:
+    """Where this process's jobs are kept."""
+    return Store(settings.load().jobs)

@@ -1,0 +1,185 @@
+"""The process's part in the jobs of the store: it claims them, has its runners do them, and puts down how they are.
+
+api.jobs takes jobs and tells of them; any process with the same store may do them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from api import backend, usage
+from api.backend import SERVICES
+from api.routing import Runner
+from api.tasks import TASKS, Task
+from core import images, logs, problems
+from core.draining import Draining
+from core.generation import Generation
+from core.job_store import Store
+from core.jobs import Job
+from core.placement import runner_of
+from core.plans import Plan
+from core.problems import Problem
+
+log = logging.getLogger("easel.jobs")
+POLL_S = 1.0  # how often the store is asked for what other processes took in
+FOLLOW_S = 0.5  # how often a runner is asked how a job of its is
+# Problems that end an attempt, not the job: its runner died or shuts down (that counts), or has no room for it now.
+_GONE, _FULL = ("runner-gone", "draining", "unavailable"), ("queue-full",)
+
+
+class Work:
+    """The jobs that this process does, on its event loop."""
+
+    def __init__(self, store: Store, draining: Draining) -> None:
+        self.store, self.draining = store, draining
+        self._doing: dict[str, asyncio.Task[None]] = {}
+        self._gone: dict[str, asyncio.Event] = {}
+        self._woken = asyncio.Event()
+        self._loops = [asyncio.create_task(loop()) for loop in (self._claiming, self._beating)]
+
+    def wake(self) -> None:
+        """There is a new job."""
+        self._woken.set()
+
+    async def close(self) -> None:
+        """Give back what is not done."""
+        for task in (*self._loops, *self._doing.values()):
+            task.cancel()
+        await asyncio.gather(*self._loops, *self._doing.values(), return_exceptions=True)
+        await asyncio.to_thread(self.store.close)
+
+    async def _claiming(self) -> None:
+        while not self.draining.active:
+            with _logged():
+                room = self.store.settings.at_once - len(self._doing)
+                here = sorted({runner_of(worker) for worker in backend.workers()} & SERVICES.keys())
+                for job in await asyncio.to_thread(self.store.claim, here, room) if room > 0 else []:
+                    task = self._doing[job.id] = asyncio.create_task(self._do(job))
+                    task.add_done_callback(partial(self._done, job.id))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), POLL_S)
+            self._woken.clear()
+        for gone in self._gone.values():  # the next process draws what does not run yet; see _follow
+            gone.set()
+
+    def _done(self, id: str, _: object) -> None:
+        self._doing.pop(id, None)
+        self.wake()
+
+    async def _beating(self) -> None:
+        while True:
+            with _logged():
+                await asyncio.to_thread(self.store.beat)
+                await asyncio.to_thread(self.store.sweep)
+            await asyncio.sleep(self.store.settings.lease_s / 3)
+
+    async def _do(self, job: Job) -> None:
+        """One attempt."""
+        self.draining.in_hand += 1
+        gone = self._gone[job.id] = asyncio.Event()
+        logs.begin(job.id)
+        try:
+            plan, wanted, accept = await asyncio.to_thread(self.store.work, job.id)
+            task = TASKS[job.task]
+            try:
+                follow = partial(self._follow, job.id, plan, gone)
+                generation = await backend.generate(plan, None, task.service, gone=gone, follow=follow, admitted=True)
+                await usage.record(plan, generation)
+            except Problem as problem:
+                await self._failed(job, problem)
+            else:
+                outputs = _outputs(task, task.model.model_validate_json(wanted), generation, accept)
+                await self._put(self.store.finish, job.id, "succeeded", generation, outputs)
+        except asyncio.CancelledError:
+            await self._put(self.store.release, job.id, 0, False)
+            raise
+        except Exception:
+            log.exception("%s failed", job.id)
+            error = problems.problem(500, "internal", "Internal error", f"The server failed; its log has the cause, by {job.id}.")
+            await self._put(self.store.finish, job.id, "failed", None, None, error.details)
+        finally:
+            del self._gone[job.id]
+            self.draining.in_hand -= 1
+
+    async def _failed(self, job: Job, problem: Problem) -> None:
+        """Try again, elsewhere perhaps, or end the job."""
+        slug, now = problem.details.type.rsplit(":", 1)[-1], await asyncio.to_thread(self.store.mine, job.id)
+        if now is None:
+            return
+        if now.status == "canceling":
+            await self._put(self.store.finish, job.id, "canceled")
+        elif slug == "cancelled":  # by ourselves, on the way out
+            await self._put(self.store.release, job.id, 0, False)
+        elif slug in _FULL or (slug in _GONE and now.attempts < self.store.settings.attempts):
+            log.info("%s is tried again: %s", job.id, problem.details.detail)
+            await self._put(self.store.release, job.id, 1 if slug in _FULL else 3, slug in _GONE)
+        else:
+            await self._put(self.store.finish, job.id, "failed", None, None, problem.details)
+
+    async def _put(self, call: Callable[..., Any], *args: Any) -> None:
+        """A change that must not be lost to a cancel."""
+        await asyncio.shield(asyncio.to_thread(call, *args))
+
+    async def _follow(self, id: str, plan: Plan, gone: asyncio.Event, runner: Runner) -> None:
+        """Put down how a job is as long as a runner has it; set `gone` when it has to end."""
+        told: dict[str, Any] = {}
+        started, seen = False, None
+        for wait in _waits():
+            with _logged(logging.DEBUG):
+                job = await asyncio.to_thread(self.store.mine, id)
+                if job is None or job.status == "canceling" or (self.draining.active and not started):
+                    gone.set()
+                    return
+                now = await asyncio.wait_for(runner.progress(plan.id, job.watched_until > time.time()), 3)
+                values: dict[str, Any] = {}
+                if now.state == "running" and not started:
+                    started, values["started_at"] = True, time.time()
+                if now.state != "unknown":
+                    values |= {"position": now.position}
+                if now.progress:
+                    values |= {"step": now.progress.steps_done, "steps": now.progress.steps}
+                if now.preview and now.preview_step != seen:
+                    seen = now.preview_step
+                    values |= {"preview": await asyncio.to_thread(_jpeg, now.preview), "preview_step": seen}
+                changed = {k: v for k, v in values.items() if k not in told or told[k] != v}
+                if changed:
+                    await asyncio.to_thread(partial(self.store.tell, id, **changed))
+                    told |= changed
+            await asyncio.sleep(wait)
+
+
+def _waits() -> Any:
+    """Soon again at first, so that short jobs are seen to run."""
+    yield from (0.05, 0.1, 0.2)
+    while True:
+        yield FOLLOW_S
+
+
+def _outputs(task: Task[Any, Any], wanted: Any, generation: Generation, accept: str) -> list[list[Any]]:
+    """What was made, as (media type, seed)."""
+    if task.pictures and generation.pictures:
+        kind = images.MEDIA_TYPES[wanted.format]
+        return [[kind, seed] for seed in generation.seeds]
+    return [[task.negotiate(wanted, accept), generation.seeds[0] if generation.seeds else None]]
+
+
+def _jpeg(preview: Any) -> bytes:
+    out = io.BytesIO()
+    images.to_pil(preview).save(out, "JPEG", quality=80)
+    return out.getvalue()
+
+
+@contextlib.contextmanager
+def _logged(level: int = logging.ERROR) -> Any:
+    """Outlive what the store or a runner fails at: it is tried again."""
+    try:
+        yield
+    except Exception:
+        log.log(level, "jobs: will be tried again", exc_info=True)

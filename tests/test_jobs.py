@@ -1,0 +1,295 @@
+"""Jobs: generations that nobody waits for, over HTTP with a real server, and what the store promises."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from PIL import Image, ImageChops
+
+from core.catalogue import Catalogue
+from core.generation import Generation
+from core.job_store import Store
+from core.jobs import Job
+from core.model_settings import Queue
+from core.plans import Pixels
+from core.problems import Problem
+from core.requests import GenerationRequest
+from core.settings import Jobs, Settings
+from tests.conftest import ADMIN, USER, Server, serving, wait_for
+from tests.test_http import jpeg, problem
+
+OTHER = "another-key"
+DRAW = {"prompt": "red apple", "num_inference_steps": 4, "seed": 7}
+SLOW = {"prompt": "star", "num_inference_steps": 150, "count_returned": 4}
+SETTINGS: dict = {"models": {"catalogue": [{"id": "starter/stable-diffusion", "family": "starter"}], "warm_up": ["starter/stable-diffusion"], "cpu_threads": 1}, "jobs": {"lease_s": 3}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("jobs"), SETTINGS, "service:StableDiffusion", env={"API_KEY": f"{USER},{OTHER}"}) as running:
+        yield running
+
+
+def submit(server: Server, key: str = USER, **more: object) -> dict:
+    answer = server.post("/jobs", key=key, params={**DRAW, **more})
+    assert answer.status_code == 202, answer.text
+    assert answer.headers["location"] == answer.json()["urls"]["self"]
+    return answer.json()
+
+
+def over(server: Server, job: dict, key: str = USER) -> dict:
+    """The job, once it is over."""
+    found: list[dict] = []
+
+    def ended() -> bool:
+        found[:] = [server.get(job["urls"]["self"], key=key).json()]
+        return found[0]["status"] in ("succeeded", "failed", "canceled")
+
+    wait_for(ended, 90, server)
+    return found[0]
+
+
+def running(server: Server, job: dict) -> None:
+    wait_for(lambda: server.get(job["urls"]["self"]).json()["status"] == "running", 60, server)
+
+
+def picture(answer: requests.Response) -> Image.Image:
+    assert answer.status_code == 200, answer.text
+    return Image.open(io.BytesIO(answer.content)).convert("RGB")
+
+
+@pytest.mark.http
+def test_a_job_gives_what_its_route_would_have_answered(server: Server) -> None:
+    job = submit(server, count_returned=2)
+    assert re.fullmatch(r"job_[0-9A-HJKMNP-TV-Z]{26}", job["id"])
+    assert (job["task"], job["status"], job["outputs"], job["error"]) == ("generate", "queued", [], None)
+    assert job["queue_position"] >= 1
+    done = over(server, job)
+    assert (done["status"], done["progress"]["value"], done["queue_position"]) == ("succeeded", 1, None)
+    assert done["created_at"] <= done["started_at"] <= done["completed_at"] < done["expires_at"]
+    assert done["metrics"]["queue_ms"] >= 0
+    assert done["metrics"]["execution_ms"] >= 0
+    assert [(o["index"], o["media_type"], o["seed"]) for o in done["outputs"]] == [(0, "image/png", 7), (1, "image/png", 8)]
+    waited = server.post("/post_config", params={**DRAW, "count_returned": 2})
+    result = server.get(done["urls"]["result"])
+    assert result.headers["x-easel-seeds"] == "7,8"
+    assert max(high for _, high in ImageChops.difference(picture(result), picture(waited)).getextrema()) <= 1
+    as_json = requests.get(server.url + done["urls"]["result"], headers={"X-API-Key": USER, "Accept": "application/json"}, timeout=30).json()
+    assert (len(as_json["images"]), as_json["seeds"]) == (2, [7, 8])
+    second = server.get(done["outputs"][1]["url"])
+    assert (picture(second).size, second.headers["x-easel-seeds"]) == ((64, 64), "8")
+    assert "Seed: 8" in Image.open(io.BytesIO(second.content)).info["parameters"]
+    assert server.get(done["outputs"][1]["url"].replace("outputs/1", "outputs/2")).status_code == 404
+
+
+@pytest.mark.http
+def test_files_and_every_way_of_sending_are_taken(server: Server) -> None:
+    painted = server.post("/jobs", data={"task": "inpaint", **DRAW, "outpaint_left": 16}, files={"image": jpeg((64, 64))}).json()
+    asked = server.post("/jobs", json={"task": "txt2img", **DRAW}).json()
+    assert over(server, painted)["status"] == "succeeded"
+    assert set(server.get(over(server, asked)["urls"]["result"]).json()) == {"images", "media_type", "seeds", "ran"}
+    shown = requests.get(server.url + painted["urls"]["result"], headers={"X-API-Key": USER, "Accept": "image/png"}, timeout=30)
+    assert picture(shown).size[0] > picture(shown).size[1]
+
+
+@pytest.mark.http
+def test_what_cannot_be_done_is_refused_at_once(server: Server) -> None:
+    for values, field in (
+        ({"task": "nonsense"}, "task"),
+        ({"num_inference_steps": 1000}, "num_inference_steps"),
+        ({"promt": "x"}, "promt"),
+        ({"task": "img2img"}, "image"),
+        ({"model_id": "no/such"}, "model_id"),
+    ):
+        body = problem(server.post("/jobs", params={**DRAW, **values}), 422)
+        assert body["errors"][0]["field"] == field
+    problem(server.post("/jobs", params={"task": "upscale"}, files={"mask": jpeg()}), 422)
+    problem(server.post("/jobs", params=DRAW, headers={"Accept": "text/plain"}), 406)
+    problem(requests.post(server.url + "/jobs", params=DRAW, timeout=10), 401)
+    problem(server.get("/jobs/job_0"), 404)
+    problem(server.get("/jobs?limit=0"), 422)
+
+
+@pytest.mark.http
+def test_a_job_is_its_keys_alone_and_lists_are_in_pages(server: Server) -> None:
+    own, others = [submit(server) for _ in range(3)], submit(server, key=OTHER)
+    for path in ("", "/result", "/events", "/outputs/0"):
+        problem(server.get(own[0]["urls"]["self"] + path, key=OTHER), 404)
+    problem(requests.delete(server.url + own[0]["urls"]["self"], headers={"X-API-Key": OTHER}, timeout=10), 404)
+    page = server.get("/jobs?limit=2").json()
+    assert [job["id"] for job in page["jobs"]] == [own[2]["id"], own[1]["id"]]
+    assert server.get(f"/jobs?limit=1&after={page['next']}").json()["jobs"][0]["id"] == own[0]["id"]
+    assert [job["id"] for job in server.get("/jobs", key=OTHER).json()["jobs"]] == [others["id"]]
+    assert {own[0]["id"], others["id"]} <= {job["id"] for job in server.get("/jobs?limit=100", key=ADMIN).json()["jobs"]}
+    for job in own:
+        over(server, job)
+    assert server.get("/jobs?status=queued").json()["jobs"] == []
+
+
+@pytest.mark.http
+def test_a_running_job_is_cancelled_and_its_events_tell(server: Server) -> None:
+    job = submit(server, **SLOW)
+    running(server, job)
+    stream = requests.get(server.url + job["urls"]["events"], headers={"X-API-Key": USER}, stream=True, timeout=60)
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    seen: list[tuple[str, dict, str | None]] = []
+    for name, data, id in events(stream):
+        seen.append((name, data, id))
+        if len([1 for name, *_ in seen if name == "progress"]) == 2 and any(name == "preview" for name, *_ in seen):
+            first = requests.delete(server.url + job["urls"]["cancel"], headers={"X-API-Key": USER}, timeout=10)
+            assert first.status_code == 200
+            assert first.json()["status"] in ("canceling", "canceled")
+    assert seen[0][0] == "status"
+    assert seen[-1][:2] == ("status", server.get(job["urls"]["self"]).json())
+    assert seen[-1][1]["status"] == "canceled"
+    steps = [data["progress"]["step"] for name, data, _ in seen if name == "progress" and data["status"] == "running"]
+    assert steps == sorted(steps)
+    assert 0 < steps[-1] < 600
+    preview = next(data for name, data, _ in seen if name == "preview")
+    shown = Image.open(io.BytesIO(base64.b64decode(preview["b64_json"])))
+    assert (shown.format, preview["media_type"]) == ("JPEG", "image/jpeg")
+    assert shown.convert("L").getextrema()[1] > shown.convert("L").getextrema()[0]
+    again = requests.delete(server.url + job["urls"]["cancel"], headers={"X-API-Key": USER}, timeout=10)
+    assert (again.status_code, again.json()["status"]) == (200, "canceled")
+    problem(server.get(job["urls"]["result"]), 409)
+    # Who comes back with the last id is told the end, and no more.
+    resumed = requests.get(server.url + job["urls"]["events"], headers={"X-API-Key": USER, "Last-Event-ID": str(seen[-1][2])}, stream=True, timeout=60)
+    assert [(name, data["status"]) for name, data, _ in events(resumed)] == [("status", "canceled")]
+
+
+@pytest.mark.http
+def test_events_of_a_job_that_succeeds_end_with_its_output(server: Server) -> None:
+    job = submit(server, num_inference_steps=40)
+    stream = requests.get(server.url + job["urls"]["events"], headers={"X-API-Key": USER}, stream=True, timeout=60)
+    seen = list(events(stream))
+    assert [name for name, *_ in seen][-2:] == ["output", "status"]
+    assert seen[-1][1]["status"] == "succeeded"
+    assert seen[-2][1]["outputs"][0]["url"].startswith(job["urls"]["self"])
+
+
+def events(stream: requests.Response) -> Iterator[tuple[str, dict, str | None]]:
+    """Server-sent events as (name, data, id)."""
+    name, data, id = "message", "", None
+    for line in stream.iter_lines(decode_unicode=True):
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            data = value
+        elif field == "id":
+            id = value
+        elif not line and data:
+            yield name, json.loads(data), id
+            name, data, id = "message", "", None
+
+
+@pytest.mark.http
+def test_jobs_outlive_the_server(tmp_path: Path) -> None:
+    """Killed at its work: what it had in hand is done by the next one, what waits too, and what is done is still there."""
+    overrides = SETTINGS | {"jobs": {"lease_s": 1, "at_once": 1}}
+    with serving(tmp_path, overrides, "service:StableDiffusion") as server:
+        done = over(server, submit(server))
+        busy, waiting = submit(server, num_inference_steps=100), submit(server)
+        running(server, busy)
+        os.killpg(server.process.pid, signal.SIGKILL)
+        server.process.wait(30)
+    with serving(tmp_path, overrides, "service:StableDiffusion") as server:
+        assert picture(server.get(done["urls"]["result"])).size == (64, 64)
+        assert [over(server, job)["status"] for job in (busy, waiting)] == ["succeeded", "succeeded"]
+
+
+@pytest.mark.http
+def test_a_key_at_its_limit_is_told_when_it_submits_and_jobs_count(tmp_path: Path) -> None:
+    hashed = hashlib.sha256(USER.encode()).hexdigest()[:12]
+    overrides = SETTINGS | {"quotas": {"keys": {hashed: {"concurrent": 1, "pictures_per_day": 5}}}, "queue": {"limit": 2, "per_key": 1}}
+    with serving(tmp_path, overrides, "service:StableDiffusion") as server:
+        busy = submit(server, **SLOW)
+        for path in ("/jobs", "/post_config"):
+            assert problem(server.post(path, params=DRAW), 429)["type"].endswith("concurrency-limit")
+        requests.delete(server.url + busy["urls"]["cancel"], headers={"X-API-Key": USER}, timeout=10)
+        assert over(server, busy)["status"] == "canceled"
+        assert over(server, submit(server, count_returned=4))["status"] == "succeeded"
+        assert problem(server.post("/jobs", params={**DRAW, "count_returned": 2}), 429)["detail"].count("1 are left, and 2")
+        # Of another key, one may run and one wait.
+        many = [server.post("/jobs", key=ADMIN, params=SLOW) for _ in range(4)]
+        assert many[-1].status_code == 429
+        assert int(many[-1].headers["Retry-After"]) > 0
+
+
+def stored(tmp_path: Path, **more: object) -> Store:
+    return Store(Jobs(store=f"sqlite:///{tmp_path}/jobs.sqlite3", **more))
+
+
+def add(store: Store, client: str = "me", queue: Queue = Queue()) -> Job:  # noqa: B008
+    plan = Catalogue(Settings()).plan(GenerationRequest(prompt="x"), None, client)
+    job = store.add("generate", "StableDiffusion", plan, "{}", "*/*", queue)
+    assert job is not None
+    return job
+
+
+def test_each_job_is_claimed_once_and_keys_take_turns(tmp_path: Path) -> None:
+    one, two = stored(tmp_path), stored(tmp_path)
+    first, second, other = add(one, "a"), add(one, "a"), add(two, "b")
+    assert two.claim(["UniDiffuser"], 5) == []
+    assert [job.id for job in one.claim(["StableDiffusion"], 1)] == [first.id]
+    assert [job.id for job in two.claim(["StableDiffusion"], 1)] == [other.id]
+    assert [job.id for job in two.claim(["StableDiffusion"], 5)] == [second.id]
+    assert one.claim(["StableDiffusion"], 5) == []
+    assert one.active("a") == (2, 2)
+    assert one.mine(second.id) is None
+    assert one.finish(second.id, "succeeded") is None  # only who has the lease may say so
+    assert two.work(second.id)[0].prompt == "x"
+
+
+def test_the_jobs_of_a_dead_process_are_claimed_again_and_not_for_ever(tmp_path: Path) -> None:
+    dead, alive = stored(tmp_path, lease_s=0.01, attempts=2), stored(tmp_path, lease_s=60, attempts=2)
+    job, cancelled = add(dead), add(dead)
+    for _ in range(2):
+        assert dead.claim(["StableDiffusion"], 1)[0].id == job.id
+        dead.tell(job.id, started_at=1.0, step=3)
+        time.sleep(0.02)
+        ended = alive.sweep()
+    assert [(j.id, j.status) for j in ended] == [(job.id, "failed")]
+    assert "died 2 times" in str(ended[0].error)
+    dead.claim(["StableDiffusion"], 1)
+    found = alive.cancel(cancelled.id)
+    assert found is not None
+    assert found.status == "canceling"
+    time.sleep(0.02)
+    assert [(j.id, j.status) for j in alive.sweep()] == [(cancelled.id, "canceled")]
+
+
+def test_a_result_is_kept_whole_and_forgotten_in_time(tmp_path: Path) -> None:
+    store = stored(tmp_path, retention_s=0.05)
+    job = add(store)
+    store.claim(["StableDiffusion"], 1)
+    made = Generation(pictures=[Pixels(width=2, height=1, data=bytes([0, 255, 128, 7, 8, 254]))], seeds=[5], ran=None)
+    store.finish(job.id, "succeeded", made, [["image/png", 5]])
+    assert store.result(job.id) == ("{}", "*/*", made)
+    time.sleep(0.06)
+    store.sweep()
+    gone = store.find(job.id)
+    assert gone is not None
+    assert gone.status == "expired"
+    assert store.result(job.id) is None
+
+
+def test_only_so_many_wait(tmp_path: Path) -> None:
+    store, queue = stored(tmp_path), Queue(limit=2, per_key=1)
+    add(store, "a", queue)
+    with pytest.raises(Problem, match="key's share"):
+        add(store, "a", queue)
+    add(store, "b", queue)
+    with pytest.raises(Problem, match="queue is full"):
+        add(store, "c", queue)
