@@ -60,6 +60,7 @@ def build(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.catalogue = tasks.catalogue("StableDiffusion")
+    app.state.submit = jobs.submitted
     app.state.loras = loras.installer()
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _validation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -16,18 +17,26 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response, StreamingResponse
 
-from api import answering, job_store, quotas, reading, tasks
+from api import answering, backend, document, job_store, quotas, reading, tasks
 from api.job_work import Work
+from api.seed import PICTURES
 from api.tasks import TASKS, Task, Uploads
 from core import images, settings
 from core.draining import Draining
-from core.jobs import Job, JobList, JobState, Status
+from core.jobs import Job, JobList, JobSnapshot, Status
 from core.problems import invalid_field, nearest, problem
 
 router = APIRouter(tags=["jobs"])
+_MOST = settings.load().limits.images
+PARTS = {name: max(task.parts.get(name, 0) or (_MOST if name in task.parts else 0) for task in TASKS.values()) for name in ("image", "mask", *reading.GUIDES)}
+# Of all tasks, for the OpenAPI document.
+_FIELDS = {name: own for task in reversed(TASKS.values()) for name, own in task.model.model_json_schema()["properties"].items()}
+_OF_ONE = document.refuses(404, 410)
+_MADE = document.refuses(406, 409)
 EVENT_S = 0.5  # at most two snapshots a second
 WATCH_S = 5.0  # previews are made as long as somebody asked for events so lately
 _work: list[Work] = []
+_on_their_way: set[tuple[str, str]] = set()  # callers' Idempotency-Keys, until their jobs are in the store
 
 
 class JobsLife:
@@ -47,55 +56,104 @@ class JobsLife:
 
 
 class JobRequest(BaseModel):
-    """What POST /jobs takes beside the fields of the task's own request."""
+    """What POST /jobs takes: `task`, and the fields of the task's own request."""
 
     model_config = ConfigDict(extra="allow")
 
     task: str = Field("generate", description=f"One of {', '.join(TASKS)}.")
 
 
-@router.post("/jobs", status_code=202, response_model=JobState)
+@router.post(
+    "/jobs",
+    status_code=202,
+    response_model=JobSnapshot,
+    responses={202: {"description": "The job, as it is now.", "headers": {"Location": {"description": "Where it is.", "schema": {"type": "string"}}}}} | document.refuses(404, 406, 409),
+    openapi_extra=document.takes_either(document.takes_json(JobRequest, **_FIELDS), document.takes_form(JobRequest, "JobForm", PARTS, **_FIELDS)),
+)
 async def submit(request: Request) -> Response:
     """Leave a generation to be done. The fields and files are those of the task's own route, with `task` beside them."""
-    most = settings.load().limits.images
-    parts: dict[str, int] = {}
-    for task in TASKS.values():
-        for name, count in task.parts.items():
-            parts[name] = max(parts.get(name, 0), count or most)
-    asked, uploads = await reading.read_as(JobRequest, request, parts)
+    asked, uploads = await reading.read_as(JobRequest, request, PARTS)
     task = _task(asked.task)
-    _check_parts(task, uploads, most)
+    _check_parts(task, uploads)
     wanted = reading.check(task.model, dict(asked.model_extra or {}))
     return await submitted(task, wanted, uploads, request)
 
 
-async def submitted(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, request: Request, applied: bool = False) -> Response:
-    """Put a checked request into the store; answers 202 with the job.
+async def submitted(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, request: Request) -> Response:
+    """Put a checked request into the store; answers 202 with the job. With an Idempotency-Key that the caller has used
+    within a day, the answer is the job that there is.
 
     Raises:
-        Problem: as the generation's own route would before its work; 429 where the key is at a limit, or too many wait.
+        Problem: as the generation's own route would before its work; 429 where the key is at a limit, or too many wait;
+            422 where the Idempotency-Key was used for another request, 409 while that one is on its way into the store.
     """
+    key, client = _key(request), request.state.caller.id
+    if key is None:
+        return _accepted(await _state(await _add(task, wanted, uploads, request)), request)
+    digest = _digest(task, wanted, uploads)
+    if job := await asyncio.to_thread(job_store.of_process().of_key, client, key):
+        return await _replayed(job, digest, request)
+    if (client, key) in _on_their_way:
+        raise problem(409, "idempotency-in-flight", "In flight", "A request with this Idempotency-Key is on its way.", retry_after=1)
+    _on_their_way.add((client, key))
+    try:
+        added = await _add(task, wanted, uploads, request, key, digest)
+    except _Known:  # another entry was faster
+        found = await asyncio.to_thread(job_store.of_process().of_key, client, key)
+        assert found is not None
+        return await _replayed(found, digest, request)
+    finally:
+        _on_their_way.discard((client, key))
+    return _accepted(await _state(added), request)
+
+
+class _Known(Exception):
+    """The Idempotency-Key has its job."""
+
+
+async def _add(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, request: Request, key: str | None = None, digest: str | None = None) -> Job:
     accept = task.accepted(request.headers.get("accept"))
     task.negotiate(wanted, accept)
+    backend.workers_of(task.service)
     plan = await asyncio.to_thread(task.plan, wanted, uploads, request.state.caller.id)
     await quotas.of_process().admit(plan)
     queue = tasks.catalogue(task.service).queue
-    job = await asyncio.to_thread(job_store.of_process().add, task.name, task.service, plan, wanted.model_dump_json(exclude_unset=True), accept, queue)
-    assert job is not None
+    job = await asyncio.to_thread(job_store.of_process().add, task.name, task.service, plan, wanted.model_dump_json(exclude_unset=True), accept, queue, None, key, digest)
+    if job is None:
+        raise _Known
     for work in _work:
         work.wake()
-    return await _accepted(job, applied)
+    return job
 
 
-async def _accepted(job: Job, applied: bool) -> Response:
-    headers = {"Location": f"/jobs/{job.id}"} | ({"Preference-Applied": "respond-async"} if applied else {})
-    return Response((await _state(job)).model_dump_json(), 202, headers, "application/json")
+def _accepted(state: JobSnapshot, request: Request, **headers: str) -> Response:
+    headers |= {"Location": state.urls.self} | ({"Preference-Applied": "respond-async"} if reading.prefers_async(request) else {})
+    return Response(state.model_dump_json(), 202, headers, "application/json")
+
+
+async def _replayed(job: Job, digest: str, request: Request) -> Response:
+    if job.digest != digest:
+        raise invalid_field("Idempotency-Key", "was used for another request", "a key of its own for each request, for a day")
+    return _accepted(await _state(job), request, **{"Idempotency-Replayed": "true"})
+
+
+def _key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (0 < len(key) <= 255 and key.isascii() and key.isprintable()):
+        raise invalid_field("Idempotency-Key", "is not fit for one", "1 to 255 printable ASCII characters")
+    return key
+
+
+def _digest(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads) -> str:
+    """What makes two requests the same: task, values and files."""
+    files = {name: [hashlib.sha256(file).hexdigest() for file in given] for name, given in sorted(uploads.items())}
+    return hashlib.sha256(json.dumps([task.name, wanted.model_dump(mode="json", exclude_unset=True), files], sort_keys=True).encode()).hexdigest()
 
 
 @router.get("/jobs")
 async def listing(
     request: Request,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Annotated[int, Query(ge=1, le=100, description="At most so many.")] = 20,
     status: Annotated[Status | None, Query(description="Only those.")] = None,
     after: Annotated[str | None, Query(max_length=40, description="Only those older than this job: `next` of the page before.")] = None,
 ) -> JobList:
@@ -109,21 +167,21 @@ async def listing(
     return JobList(jobs=[await _state(job) for job in found[:limit]], next=found[limit - 1].id if len(found) > limit else None)
 
 
-@router.get("/jobs/{id}")
-async def one(id: str, request: Request) -> JobState:
+@router.get("/jobs/{id}", responses=_OF_ONE)
+async def one(id: str, request: Request) -> JobSnapshot:
     """A job as it is."""
     return await _state(await _find(id, request))
 
 
-@router.delete("/jobs/{id}")
-async def cancel(id: str, request: Request) -> JobState:
+@router.delete("/jobs/{id}", responses=_OF_ONE)
+async def cancel(id: str, request: Request) -> JobSnapshot:
     """Cancel a job; one that is over stays as it is."""
     job = await _find(id, request)
     changed = None if job.over else await asyncio.to_thread(job_store.of_process().cancel, id)
     return await _state(changed or job)
 
 
-@router.get("/jobs/{id}/result", response_class=Response)
+@router.get("/jobs/{id}/result", response_class=Response, responses=PICTURES | _OF_ONE | _MADE)
 async def result(id: str, request: Request) -> Response:
     """What the generation's own route would have answered, by Accept; 409 while it is not there."""
     job = await _find(id, request)
@@ -131,7 +189,7 @@ async def result(id: str, request: Request) -> Response:
     return await tasks.answered(task, wanted, generation, _accept(request, task, accept))
 
 
-@router.get("/jobs/{id}/outputs/{index}", response_class=Response)
+@router.get("/jobs/{id}/outputs/{index}", response_class=Response, responses=document.gives("The picture.", {"image/png": document.FILE}, headers=answering.HEADERS) | _OF_ONE | _MADE)
 async def output(id: str, index: int, request: Request) -> Response:
     """One of the things that were made, alone: a picture with its own metadata."""
     job = await _find(id, request)
@@ -146,7 +204,7 @@ async def output(id: str, index: int, request: Request) -> Response:
     return Response(file, media_type=images.MEDIA_TYPES[wanted.format], headers=answering.describe(generation.ran, [generation.seeds[index]]))
 
 
-@router.get("/jobs/{id}/events", response_class=StreamingResponse, responses={200: {"content": {"text/event-stream": {}}}})
+@router.get("/jobs/{id}/events", response_class=StreamingResponse, responses=document.gives("The events.", {"text/event-stream": {"type": "string"}}) | _OF_ONE)
 async def events(id: str, request: Request) -> Response:
     """How a job goes, as server-sent events: `status`, `progress` and `output` with the whole job, `preview` with a picture."""
     job = await _find(id, request)
@@ -200,7 +258,7 @@ async def _find(id: str, request: Request) -> Job:
     return job
 
 
-async def _state(job: Job) -> JobState:
+async def _state(job: Job) -> JobSnapshot:
     """As callers see it; of one that nobody has taken yet, the place is the store's to tell."""
     state = job.state()
     if job.status == "queued" and job.position is None:
@@ -235,9 +293,9 @@ def _task(name: str) -> Task[Any, Any]:
     return TASKS[name]
 
 
-def _check_parts(task: Task[Any, Any], uploads: Uploads, most: int) -> None:
+def _check_parts(task: Task[Any, Any], uploads: Uploads) -> None:
     for name, files in uploads.items():
         if name not in task.parts:
             raise invalid_field(name, f"{task.name} takes no such file", list(task.parts) or None)
-        if len(files) > (limit := task.parts[name] or most):
+        if len(files) > (limit := task.parts[name] or _MOST):
             raise invalid_field(name, "is given too often", f"at most {limit} times")

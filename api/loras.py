@@ -189,8 +189,7 @@ def _waits(request: Request) -> bool:
     text = request.query_params.get("wait", "true").lower()
     if text not in ("true", "false", "1", "0"):
         raise invalid_field("wait", "is neither true nor false", ["true", "false"], text)
-    preferences = [p.strip().lower() for p in request.headers.get("prefer", "").split(",")]
-    return text in ("true", "1") and "respond-async" not in preferences
+    return text in ("true", "1") and not reading.prefers_async(request)
 
 
 def _begun(job: Job, asked: bool) -> Response:

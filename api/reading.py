@@ -96,6 +96,11 @@ async def read_as(kind: type[Checked], request: Request, parts: dict[str, int]) 
     return check(kind, values), uploads
 
 
+def prefers_async(request: Request) -> bool:
+    """Whether the client would rather not wait for the work (RFC 7240)."""
+    return "respond-async" in (p.strip().lower() for p in request.headers.get("prefer", "").split(","))
+
+
 def parse(values: dict[str, Any]) -> GenerationRequest:
     """Check plain values as a GenerationRequest; raises as `check`."""
     return check(GenerationRequest, values)

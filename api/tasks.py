@@ -97,6 +97,8 @@ async def respond(task: Task[Any, Any], request: Request) -> Response:
         Problem: what is wrong with the request, before any work; what stood in the way of it.
     """
     wanted, uploads = await read(task, request)
+    if reading.prefers_async(request):
+        return cast(Response, await request.app.state.submit(task, wanted, uploads, request))
     accept = task.accepted(request.headers.get("accept"))
     task.negotiate(wanted, accept)  # an answer that cannot be had is refused before the work
     return await answered(task, wanted, await made(task, wanted, uploads, request), accept)
@@ -105,6 +107,8 @@ async def respond(task: Task[Any, Any], request: Request) -> Response:
 async def typed(task: Task[R, A], request: Request) -> A:
     """As `respond`, for the routes of the typed APIs, whose answer is JSON whatever their clients accept."""
     wanted, uploads = await read(task, request)
+    if reading.prefers_async(request):
+        return cast(A, await request.app.state.submit(task, wanted, uploads, request))  # FastAPI sends a Response as it is
     return await asyncio.to_thread(task.made, wanted, await made(task, wanted, uploads, request))
 
 

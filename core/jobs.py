@@ -49,7 +49,7 @@ class JobUrls(BaseModel):
     cancel: str
 
 
-class JobState(BaseModel):
+class JobSnapshot(BaseModel):
     """A job as it is. `queue_position` is 1 for the next one; `expires_at` is when its result is forgotten."""
 
     id: str
@@ -70,7 +70,7 @@ class JobState(BaseModel):
 class JobList(BaseModel):
     """A page of jobs, newest first; `next` is for `after`, null on the last page."""
 
-    jobs: list[JobState]
+    jobs: list[JobSnapshot]
     next: str | None
 
 
@@ -104,13 +104,13 @@ class Job:
     def over(self) -> bool:
         return self.status not in ACTIVE
 
-    def state(self) -> JobState:
+    def state(self) -> JobSnapshot:
         """As callers see it."""
         at, single = f"/jobs/{self.id}", f"/jobs/{self.id}/outputs"
         value = 1.0 if self.status == "succeeded" else round(min(1.0, self.step / self.steps), 4) if self.steps else 0.0
         steps = self.steps if self.status != "succeeded" or self.steps is None else max(self.steps, self.step)
         ended = self.completed_at
-        return JobState(
+        return JobSnapshot(
             id=self.id,
             task=self.task,
             status=self.status,

@@ -11,6 +11,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,40 @@ def test_what_cannot_be_done_is_refused_at_once(server: Server) -> None:
     problem(requests.post(server.url + "/jobs", params=DRAW, timeout=10), 401)
     problem(server.get("/jobs/job_0"), 404)
     problem(server.get("/jobs?limit=0"), 422)
+
+
+@pytest.mark.http
+def test_a_generations_own_route_answers_with_a_job_where_that_is_preferred(server: Server) -> None:
+    for path, kind in (("/post_config", "image/png"), ("/txt2img", "application/json")):
+        answer = server.post(path, params=DRAW, headers={"Prefer": "respond-async, wait=5"})
+        assert (answer.status_code, answer.headers["preference-applied"]) == (202, "respond-async")
+        assert answer.headers["location"] == answer.json()["urls"]["self"]
+        done = over(server, answer.json())
+        assert server.get(done["urls"]["result"]).headers["content-type"] == kind
+    problem(server.post("/post_config", params={"promt": "x"}, headers={"Prefer": "respond-async"}), 422)
+
+
+@pytest.mark.http
+def test_a_request_sent_twice_with_one_idempotency_key_is_one_job(server: Server) -> None:
+    def sent(path: str = "/jobs", key: str = USER, **more: object) -> requests.Response:
+        return server.post(path, key=key, params={**DRAW, "seed": -1, **more}, headers={"Idempotency-Key": "k-1", "Prefer": "respond-async"})
+
+    first, again, others = sent(), sent(), sent(key=OTHER)
+    assert [a.status_code for a in (first, again, others)] == [202, 202, 202]
+    assert (first.json()["id"], "idempotency-replayed" in first.headers) == (again.json()["id"], False)
+    assert again.headers["idempotency-replayed"] == "true"
+    assert others.json()["id"] != first.json()["id"]
+    assert sent("/post_config").json()["id"] == first.json()["id"]
+    assert problem(sent(num_inference_steps=5), 422)["errors"][0]["field"] == "Idempotency-Key"
+    problem(server.post("/jobs", params=DRAW, headers={"Idempotency-Key": "x" * 256}), 422)
+    with ThreadPoolExecutor(8) as pool:  # at once: one of them is the job, the others are told so or to come again
+        answers = list(pool.map(lambda _: server.post("/jobs", params=DRAW, headers={"Idempotency-Key": "k-2"}), range(8)))
+    assert {a.status_code for a in answers} <= {202, 409}
+    assert len({a.json()["id"] for a in answers if a.status_code == 202}) == 1
+    for answer in (first, *answers):
+        if answer.status_code == 202:
+            over(server, answer.json())
+    over(server, others.json(), key=OTHER)
 
 
 @pytest.mark.http
