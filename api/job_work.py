@@ -18,6 +18,7 @@ from api import backend, usage
 from api.backend import SERVICES
 from api.routing import Runner
 from api.tasks import TASKS, Task
+from api.webhooks import Webhooks
 from core import images, logs, problems
 from core.draining import Draining
 from core.generation import Generation
@@ -29,6 +30,7 @@ from core.problems import Problem
 
 log = logging.getLogger("easel.jobs")
 POLL_S = 1.0  # how often the store is asked for what other processes took in
+CLOSE_S = 5.0  # what webhooks on their way get when the process ends
 FOLLOW_S = 0.5  # how often a runner is asked how a job of its is
 # Problems that end an attempt, not the job: its runner died or shuts down (that counts), or has no room for it now.
 _GONE, _FULL = ("runner-gone", "draining", "unavailable"), ("queue-full",)
@@ -37,11 +39,11 @@ _GONE, _FULL = ("runner-gone", "draining", "unavailable"), ("queue-full",)
 class Work:
     """The jobs that this process does, on its event loop."""
 
-    def __init__(self, store: Store, draining: Draining) -> None:
-        self.store, self.draining = store, draining
+    def __init__(self, store: Store, draining: Draining, webhooks: Webhooks) -> None:
+        self.store, self.draining, self.webhooks = store, draining, webhooks
         self._doing: dict[str, asyncio.Task[None]] = {}
-        self._gone: dict[str, asyncio.Event] = {}
         self._woken = asyncio.Event()
+        self._begun: set[str] = set()  # whose webhooks know that they run
         self._loops = [asyncio.create_task(loop()) for loop in (self._claiming, self._beating)]
 
     def wake(self) -> None:
@@ -53,6 +55,7 @@ class Work:
         for task in (*self._loops, *self._doing.values()):
             task.cancel()
         await asyncio.gather(*self._loops, *self._doing.values(), return_exceptions=True)
+        await self.webhooks.close(CLOSE_S)
         await asyncio.to_thread(self.store.close)
 
     async def _claiming(self) -> None:
@@ -66,8 +69,6 @@ class Work:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), POLL_S)
             self._woken.clear()
-        for gone in self._gone.values():  # the next process draws what does not run yet; see _follow
-            gone.set()
 
     def _done(self, id: str, _: object) -> None:
         self._doing.pop(id, None)
@@ -77,13 +78,14 @@ class Work:
         while True:
             with _logged():
                 await asyncio.to_thread(self.store.beat)
-                await asyncio.to_thread(self.store.sweep)
+                for job in await asyncio.to_thread(self.store.sweep):
+                    self.webhooks.send(job, "completed")
             await asyncio.sleep(self.store.settings.lease_s / 3)
 
     async def _do(self, job: Job) -> None:
         """One attempt."""
         self.draining.in_hand += 1
-        gone = self._gone[job.id] = asyncio.Event()
+        gone = asyncio.Event()
         logs.begin(job.id)
         try:
             plan, wanted, accept = await asyncio.to_thread(self.store.work, job.id)
@@ -105,7 +107,7 @@ class Work:
             error = problems.problem(500, "internal", "Internal error", f"The server failed; its log has the cause, by {job.id}.")
             await self._put(self.store.finish, job.id, "failed", None, None, error.details)
         finally:
-            del self._gone[job.id]
+            self._begun.discard(job.id)
             self.draining.in_hand -= 1
 
     async def _failed(self, job: Job, problem: Problem) -> None:
@@ -124,8 +126,11 @@ class Work:
             await self._put(self.store.finish, job.id, "failed", None, None, problem.details)
 
     async def _put(self, call: Callable[..., Any], *args: Any) -> None:
-        """A change that must not be lost to a cancel."""
-        await asyncio.shield(asyncio.to_thread(call, *args))
+        """A change that must not be lost to a cancel; where it ends the job, its webhook is told."""
+        job = await asyncio.shield(asyncio.to_thread(call, *args))
+        if job is not None:
+            begun = [] if job.id in self._begun else ["start"]
+            self.webhooks.send(job, *begun, *(["output"] if job.status == "succeeded" else []), "completed")
 
     async def _follow(self, id: str, plan: Plan, gone: asyncio.Event, runner: Runner) -> None:
         """Put down how a job is as long as a runner has it; set `gone` when it has to end."""
@@ -134,6 +139,7 @@ class Work:
         for wait in _waits():
             with _logged(logging.DEBUG):
                 job = await asyncio.to_thread(self.store.mine, id)
+                # On the way out, what does not run yet is left to the next process.
                 if job is None or job.status == "canceling" or (self.draining.active and not started):
                     gone.set()
                     return
@@ -150,7 +156,10 @@ class Work:
                     values |= {"preview": await asyncio.to_thread(_jpeg, now.preview), "preview_step": seen}
                 changed = {k: v for k, v in values.items() if k not in told or told[k] != v}
                 if changed:
-                    await asyncio.to_thread(partial(self.store.tell, id, **changed))
+                    after = await asyncio.to_thread(partial(self.store.tell, id, **changed))
+                    if after and "started_at" in changed and id not in self._begun:
+                        self._begun.add(id)
+                        self.webhooks.send(after, "start")
                     told |= changed
             await asyncio.sleep(wait)
 

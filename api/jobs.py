@@ -21,6 +21,7 @@ from api import answering, backend, document, job_store, quotas, reading, tasks
 from api.job_work import Work
 from api.seed import PICTURES
 from api.tasks import TASKS, Task, Uploads
+from api.webhooks import Webhooks
 from core import images, settings
 from core.draining import Draining
 from core.jobs import Job, JobList, JobSnapshot, Status
@@ -47,7 +48,7 @@ class JobsLife:
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def do_jobs(self) -> None:
         if server_context.service_type == "entry_service":  # not a runner behind an entry
-            _work.append(Work(await asyncio.to_thread(job_store.of_process), self.draining))
+            _work.append(Work(await asyncio.to_thread(job_store.of_process), self.draining, Webhooks(settings.load().webhooks, settings.secrets().webhook_secret)))
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def leave_jobs(self) -> None:
@@ -60,6 +61,7 @@ class JobRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
+    webhook_url: str | None = Field(None, max_length=2000, description="Told when the job starts, has its output, and is over.")
     task: str = Field("generate", description=f"One of {', '.join(TASKS)}.")
 
 
@@ -74,12 +76,14 @@ async def submit(request: Request) -> Response:
     """Leave a generation to be done. The fields and files are those of the task's own route, with `task` beside them."""
     asked, uploads = await reading.read_as(JobRequest, request, PARTS)
     task = _task(asked.task)
+    if asked.webhook_url is not None:
+        _webhooks().check(asked.webhook_url)
     _check_parts(task, uploads)
     wanted = reading.check(task.model, dict(asked.model_extra or {}))
-    return await submitted(task, wanted, uploads, request)
+    return await submitted(task, wanted, uploads, request, asked.webhook_url)
 
 
-async def submitted(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, request: Request) -> Response:
+async def submitted(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, request: Request, webhook_url: str | None = None) -> Response:
     """Put a checked request into the store; answers 202 with the job. With an Idempotency-Key that the caller has used
     within a day, the answer is the job that there is.
 
@@ -89,15 +93,15 @@ async def submitted(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, r
     """
     key, client = _key(request), request.state.caller.id
     if key is None:
-        return _accepted(await _state(await _add(task, wanted, uploads, request)), request)
-    digest = _digest(task, wanted, uploads)
+        return _accepted(await _state(await _add(task, wanted, uploads, request, webhook_url)), request)
+    digest = _digest(task, wanted, uploads, webhook_url)
     if job := await asyncio.to_thread(job_store.of_process().of_key, client, key):
         return await _replayed(job, digest, request)
     if (client, key) in _on_their_way:
         raise problem(409, "idempotency-in-flight", "In flight", "A request with this Idempotency-Key is on its way.", retry_after=1)
     _on_their_way.add((client, key))
     try:
-        added = await _add(task, wanted, uploads, request, key, digest)
+        added = await _add(task, wanted, uploads, request, webhook_url, key, digest)
     except _Known:  # another entry was faster
         found = await asyncio.to_thread(job_store.of_process().of_key, client, key)
         assert found is not None
@@ -111,14 +115,14 @@ class _Known(Exception):
     """The Idempotency-Key has its job."""
 
 
-async def _add(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, request: Request, key: str | None = None, digest: str | None = None) -> Job:
+async def _add(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, request: Request, webhook_url: str | None = None, key: str | None = None, digest: str | None = None) -> Job:
     accept = task.accepted(request.headers.get("accept"))
     task.negotiate(wanted, accept)
     backend.workers_of(task.service)
     plan = await asyncio.to_thread(task.plan, wanted, uploads, request.state.caller.id)
     await quotas.of_process().admit(plan)
     queue = tasks.catalogue(task.service).queue
-    job = await asyncio.to_thread(job_store.of_process().add, task.name, task.service, plan, wanted.model_dump_json(exclude_unset=True), accept, queue, None, key, digest)
+    job = await asyncio.to_thread(job_store.of_process().add, task.name, task.service, plan, wanted.model_dump_json(exclude_unset=True), accept, queue, webhook_url, key, digest)
     if job is None:
         raise _Known
     for work in _work:
@@ -144,10 +148,10 @@ def _key(request: Request) -> str | None:
     return key
 
 
-def _digest(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads) -> str:
-    """What makes two requests the same: task, values and files."""
+def _digest(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, webhook_url: str | None) -> str:
+    """What makes two requests the same: task, values, files and webhook."""
     files = {name: [hashlib.sha256(file).hexdigest() for file in given] for name, given in sorted(uploads.items())}
-    return hashlib.sha256(json.dumps([task.name, wanted.model_dump(mode="json", exclude_unset=True), files], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([task.name, wanted.model_dump(mode="json", exclude_unset=True), files, webhook_url], sort_keys=True).encode()).hexdigest()
 
 
 @router.get("/jobs")
@@ -178,6 +182,8 @@ async def cancel(id: str, request: Request) -> JobSnapshot:
     """Cancel a job; one that is over stays as it is."""
     job = await _find(id, request)
     changed = None if job.over else await asyncio.to_thread(job_store.of_process().cancel, id)
+    if changed and changed.over:  # at once: nobody worked on it
+        _webhooks().send(changed, "completed")
     return await _state(changed or job)
 
 
@@ -285,6 +291,10 @@ def _accept(request: Request, task: Task[Any, Any], submitted: str) -> str:
     """What this client accepts; where it does not say, what the one who submitted the job does."""
     header = request.headers.get("accept", "")
     return submitted if header.strip() in ("", "*/*") else header
+
+
+def _webhooks() -> Webhooks:
+    return _work[0].webhooks
 
 
 def _task(name: str) -> Task[Any, Any]:

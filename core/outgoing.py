@@ -1,6 +1,6 @@
 """What all of Easel's outgoing connections share: logs without queries, and how Retry-After is read.
 
-core.loras.egress (LoRA downloads) and core.llm (the language model) use it.
+core.loras.egress (LoRA downloads), api.webhooks and core.llm (the language model) use it.
 """
 
 from __future__ import annotations

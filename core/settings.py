@@ -115,6 +115,18 @@ class Jobs(Section):
     lease_s: Seconds = 15
 
 
+class WebhookSettings(Section):
+    """Where jobs' webhooks may go, and how often one is tried."""
+
+    allowed_hosts: list[str] = ["*"]
+    allowed_schemes: list[Literal["https", "http"]] = ["https"]
+    allow_private_hosts: list[str] = []
+    attempts: Count = 8
+    retry_wait_s: Seconds = 1
+    max_wait_s: Seconds = 60
+    timeout_s: Seconds = 10
+
+
 class Quota(Section):
     """The limits of a key; null for none. `concurrent`: generations at once, those that wait included.
     `pixel_steps`: width x height x steps of all pictures of a request."""
@@ -209,6 +221,7 @@ class Settings(BaseSettings):
     animation: Animation = Animation()
     usage: Usage = Usage()
     jobs: Jobs = Jobs()
+    webhooks: WebhookSettings = WebhookSettings()
     quotas: QuotaSettings = QuotaSettings()
     experiments: Experiments = Experiments()
     llm: Llm = Llm()
@@ -246,6 +259,7 @@ class Secrets(BaseSettings):
     hf_token: SecretStr = SecretStr("")
     civit_key: SecretStr = SecretStr("")
     llm_api_key: SecretStr = SecretStr("")
+    webhook_secret: SecretStr = SecretStr("")
     runner_key: SecretStr = SecretStr("")
 
     @classmethod

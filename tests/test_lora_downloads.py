@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from core.loras.egress import is_public
+from core.egress import is_public
 from core.loras.installing import Installer
 from core.loras.messages import Added, AddLora
 from core.outgoing import parse_retry_after

@@ -1,28 +1,22 @@
 """Every connection Easel opens to fetch a LoRA: to whom, with which key, and how often it tries.
 
-`client` makes an httpx client whose every hop, redirects included, is checked where it leaves:
-scheme and host against the settings, the address after name resolution, and the key only for the
+`client` makes an httpx client whose every hop, redirects included, passes the checks of core.egress, with a key only for the
 host that it belongs to. core.loras.civitai, core.loras.hub and core.loras.download are its users.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import fnmatch
-import ipaddress
 import json
 import random
-import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from pydantic import SecretStr
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from core import __version__
+from core.egress import Checked, Key, Rules, origin
 from core.outgoing import parse_retry_after, quiet_logs
 from core.problems import Problem, problem, unavailable
 from core.settings import Loras, Secrets
@@ -31,18 +25,6 @@ ANSWER_BYTES = 16 * 1024 * 1024
 REDIRECTS = 5
 # A browser's User-Agent would get a login page from Civitai instead of a 401.
 _HEADERS = {"User-Agent": f"Easel/{__version__}", "Accept-Encoding": "identity"}
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key for one origin, and the environment variable it comes from."""
-
-    variable: str
-    secret: SecretStr
-
-    @property
-    def value(self) -> str:
-        return self.secret.get_secret_value().strip()
 
 
 class Transient(Exception):
@@ -59,9 +41,10 @@ class Egress:
     def __init__(self, settings: Loras, secrets: Secrets) -> None:
         self.settings = settings
         self.keys = {
-            _origin(httpx.URL(settings.civitai_url)): Key("CIVIT_KEY", secrets.civit_key),
-            _origin(httpx.URL(settings.hub_url)): Key("HF_TOKEN", secrets.hf_token),
+            origin(httpx.URL(settings.civitai_url)): Key("CIVIT_KEY", secrets.civit_key),
+            origin(httpx.URL(settings.hub_url)): Key("HF_TOKEN", secrets.hf_token),
         }
+        self.rules = Rules("loras", settings.allowed_schemes, settings.allowed_hosts, settings.allow_private_hosts, settings.connect_timeout_s, self.keys)
 
     def client(self) -> httpx.AsyncClient:
         """A client for one job. No proxy or netrc from the environment: they would see the keys."""
@@ -69,7 +52,7 @@ class Egress:
         s = self.settings
         timeout = httpx.Timeout(s.stall_timeout_s, connect=s.connect_timeout_s, pool=s.connect_timeout_s)
         return httpx.AsyncClient(
-            transport=_Checked(self), headers=_HEADERS, timeout=timeout, follow_redirects=True, max_redirects=REDIRECTS, trust_env=False
+            transport=Checked(self.rules), headers=_HEADERS, timeout=timeout, follow_redirects=True, max_redirects=REDIRECTS, trust_env=False
         )
 
     async def json(self, client: httpx.AsyncClient, url: str, params: Any = None) -> dict[str, Any]:
@@ -124,7 +107,7 @@ class Egress:
     def refusal(self, response: httpx.Response, body: bytes) -> Problem | Transient:
         """What an answer other than the expected one means. `body`: its beginning."""
         host, status = response.url.host, response.status_code
-        key = self.keys.get(_origin(response.url))
+        key = self.keys.get(origin(response.url))
         said = self._said(body)
         if status in (408, 429) or status >= 500:
             after = parse_retry_after(response.headers.get("retry-after"))
@@ -179,85 +162,9 @@ class Egress:
         return f": {words}" if words else ""
 
 
-class _Checked(httpx.AsyncBaseTransport):
-    """httpx's transport behind the checks. It connects to the very address that was checked, with
-    the host's name for TLS and the Host header, so that a second name resolution cannot differ."""
-
-    def __init__(self, egress: Egress) -> None:
-        self._egress = egress
-        # No kept connections: the pool knows them by address, and two hosts may share one.
-        self._inner = httpx.AsyncHTTPTransport(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        url, settings = request.url, self._egress.settings
-        if url.scheme not in settings.allowed_schemes:
-            raise _refused(url.host, f"{url.scheme} is not among loras.allowed_schemes ({', '.join(settings.allowed_schemes)})")
-        if not self._listed(url):
-            raise _refused(url.host, "it is not among loras.allowed_hosts")
-        headers = request.headers.copy()
-        headers.pop("Authorization", None)
-        key = self._egress.keys.get(_origin(url))
-        if key and key.value:
-            headers["Authorization"] = f"Bearer {key.value}"
-        failure: Exception | None = None
-        for address in await self._addresses(url):
-            pinned = httpx.Request(
-                request.method, url.copy_with(host=address), headers=headers, stream=request.stream,
-                extensions={**request.extensions, "sni_hostname": url.host},
-            )
-            try:
-                return await self._inner.handle_async_request(pinned)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                failure = error
-        raise failure or httpx.ConnectError("no address")
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-    def _listed(self, url: httpx.URL) -> bool:
-        if _origin(url) in self._egress.keys:
-            return True
-        return any(fnmatch.fnmatchcase(url.host.lower(), pattern.lower()) for pattern in self._egress.settings.allowed_hosts)
-
-    async def _addresses(self, url: httpx.URL) -> list[str]:
-        settings = self._egress.settings
-        loop = asyncio.get_running_loop()
-        try:
-            found = await asyncio.wait_for(loop.getaddrinfo(url.host, url.port or 443, type=socket.SOCK_STREAM), settings.connect_timeout_s)
-        except TimeoutError:
-            raise httpx.ConnectTimeout("name resolution") from None
-        except (OSError, UnicodeError):
-            raise httpx.ConnectError("name resolution") from None
-        addresses = list(dict.fromkeys(str(item[4][0]) for item in found))
-        if url.host.lower() not in settings.allow_private_hosts:
-            for address in addresses:
-                if not is_public(address):
-                    raise _refused(url.host, "it has a private, loopback or link-local address; loras.allow_private_hosts may allow it")
-        return addresses
-
-
-def is_public(address: str) -> bool:
-    """Whether an address is out on the internet, by what it means: IPv4 inside IPv6 counts as IPv4."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        nat64 = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in ipaddress.ip_network("64:ff9b::/96") else None
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None) or nat64
-        if inner is not None:
-            return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not ip.is_unspecified
-
-
 def _retry_after(state: RetryCallState) -> float | None:
     error = state.outcome.exception() if state.outcome else None
     return error.retry_after if isinstance(error, Transient) else None
-
-
-def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host.lower(), url.port
-
-
-def _refused(host: str, why: str) -> Problem:
-    return problem(502, "lora-host-refused", "Host refused", f"Easel does not connect to {host[:200]}: {why}.")
 
 
 def bad_answer(host: str, what: str) -> Problem:
