@@ -6,6 +6,7 @@ import * as create from "./create.js";
 import { $, announce, showProblem } from "./dom.js";
 import { asProblem, json, key, Problem } from "./http.js";
 import * as loras from "./loras.js";
+import * as replay from "./replay.js";
 import * as server from "./server.js";
 
 const PARTS = ["create", "caption", "server", "loras"];
@@ -67,6 +68,7 @@ window.addEventListener("easel-unauthorized", () => {
 });
 window.addEventListener("hashchange", () => show(true));
 
+replay.connect({ use: create.use });
 caption.connect({
   use(text) {
     $("prompt").value = text;

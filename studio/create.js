@@ -53,8 +53,8 @@ function offerSchedulers() {
   $("scheduler").value = names.includes(chosen) ? chosen : "";
 }
 
-/** Fill the form with the parameters of a request, by name, and its input pictures. */
-export async function use(settings, inputs = {}) {
+/** Fill the form with the parameters of a request, by name, its input pictures, and what is to be known of it. */
+export async function use(settings, inputs = {}, notes = []) {
   form.reset();
   await source.take(inputs.image ?? null);
   if (inputs.mask) await source.takeMask(inputs.mask);
@@ -73,8 +73,14 @@ export async function use(settings, inputs = {}) {
   $("strength").dispatchEvent(new Event("input"));
   extras = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== null && value !== ""));
   showExtras();
-  announce("The settings are in the form.");
+  showNotes(notes);
+  announce(["The settings are in the form.", ...notes].join(" "));
   $("prompt").focus();
+}
+
+function showNotes(notes) {
+  $("notes").replaceChildren(...notes.map((note) => make("li", {}, note)));
+  $("notes").hidden = !notes.length;
 }
 
 function showExtras() {
@@ -113,7 +119,7 @@ async function submit(event) {
     const body = new FormData();
     for (const [name, value] of [...Object.entries(request.fields), ...Object.entries(request.inputs)]) if (value !== null) body.append(name, value);
     card = makeCard(request.fields.prompt ?? "");
-    gallery.add(await draw(request.task, body, card.signal), request);
+    gallery.add(await draw(request.task, body, card.signal, card), request);
   } catch (error) {
     if (aborted(error)) announce("Cancelled");
     else showProblem($("create-problem"), asProblem(error), form)?.focus();
@@ -122,22 +128,36 @@ async function submit(event) {
   }
 }
 
-/** A row for what is in the making, with its own way to cancel it. */
+/** A row for what is in the making, with its own way to cancel it; takes what job.draw tells. */
 function makeCard(prompt) {
   const controller = new AbortController();
-  const cancel = make("button", { type: "button", onclick: () => controller.abort() }, "Cancel");
-  const row = make(
-    "li",
-    {},
-    make("div", { className: "about" }, make("p", { className: "cut" }, prompt), make("progress", { "aria-label": `Progress of ${prompt}` })),
-    cancel,
-  );
+  const picture = make("img", { alt: `Unfinished: ${prompt}`, hidden: true });
+  const bar = make("progress", { "aria-label": `Progress of ${prompt}`, max: 1 });
+  const text = make("p", { className: "hint" }, "sent");
+  const cancel = make("button", { type: "button", "aria-label": `Cancel ${prompt}`, onclick: () => controller.abort() }, "Cancel");
+  const row = make("li", {}, picture, make("div", { className: "about" }, make("p", { className: "cut" }, prompt), bar, text), cancel);
   $("jobs").prepend(row);
-  announce("Begun");
+  announce("Sent");
+  let quarter = 0;
   return {
     signal: controller.signal,
+    state({ status, queue_position: position, progress }) {
+      const { value, step, steps } = progress;
+      text.textContent = status === "queued" && position ? `waiting, number ${position} in the queue` : steps ? `step ${step} of ${steps}` : status;
+      if (value) bar.value = value;
+      if (Math.floor(4 * value) > quarter) {
+        quarter = Math.floor(4 * value);
+        announce(`${25 * quarter}% of ${prompt}`);
+      }
+    },
+    preview(blob) {
+      URL.revokeObjectURL(picture.src);
+      picture.src = URL.createObjectURL(blob);
+      picture.hidden = false;
+    },
     remove() {
       const focused = row.contains(document.activeElement);
+      URL.revokeObjectURL(picture.src);
       row.remove();
       if (focused) $("generate").focus();
     },
@@ -149,6 +169,7 @@ form.addEventListener("reset", () => {
   clearProblem($("create-problem"), form);
   extras = {};
   showExtras();
+  showNotes([]);
   source.take(null);
   loras.choose("");
   setTimeout(() => {

@@ -49,3 +49,8 @@ export async function call(path, { method = "GET", body, headers = {}, signal } 
 }
 
 export const json = async (path, options) => (await call(path, options)).json();
+
+/** Base64 as a file. */
+export function blob(base64, type) {
+  return new Blob([Uint8Array.from(atob(base64), (character) => character.charCodeAt(0))], { type });
+}

@@ -124,7 +124,7 @@ class Page:
             self.one(f"#create [name={name}]").clear()
             self.one(f"#create [name={name}]").send_keys(str(value))
 
-    def until(self, condition: Callable[[], Any], seconds: float = 90) -> Any:
+    def until(self, condition: Callable[[], Any], seconds: float = 180) -> Any:
         return WebDriverWait(self.browser, seconds, 0.1).until(lambda _: condition())
 
     def draw(self, **values: object) -> list[list[int]]:
@@ -210,14 +210,37 @@ def test_a_picture_and_the_same_again_by_its_settings(page: Page) -> None:
     assert page.run("return document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_cancelling_stops_the_work(page: Page) -> None:
+def test_settings_from_a_picture(page: Page, tmp_path: Path) -> None:
+    made = page.server.post("/post_config", params={"prompt": "yellow star", "negative_prompt": "blue", "seed": 5, "num_inference_steps": 4, "lora": "pixel_art_style:0.7", "clip_skip": 1})
+    (tmp_path / "star.png").write_bytes(made.content)
+    page.open(USER)
+    page.one("#replay-file").send_keys(str(tmp_path / "star.png"))
+    page.until(lambda: page.one("#prompt").get_attribute("value") == "yellow star")
+    assert page.one("#negative_prompt").get_attribute("value") == "blue"
+    assert page.one("#num_inference_steps").get_attribute("value") == "4"
+    assert page.one("[id='lora-pixel_art_style']").is_selected()
+    assert "clip_skip: 1" in page.text("#extras")  # it has no control, and is sent all the same
+    assert "star.png" in page.text("#notes")
+    Image.open(tmp_path / "star.png").convert("RGB").save(tmp_path / "bare.png")
+    page.one("#replay-file").send_keys(str(tmp_path / "bare.png"))
+    page.until(lambda: page.one("#replay-problem").is_displayed())
+    pixels = page.draw()
+    with Image.open(tmp_path / "star.png") as image:
+        assert pixels == [list(p) for p in image.convert("RGB").getdata()]
+
+
+def test_progress_is_told_and_cancelling_stops_the_work(page: Page) -> None:
     page.open(USER)
     page.fill(prompt="blue heart", num_inference_steps=150, count_returned=8)
     page.one("#generate").click()
     page.until(lambda: page.running() == 1)
+    page.until(lambda: page.one("#jobs img").is_displayed())  # a preview
+    assert re.search(r"step \d+ of 150", page.text("#jobs"))
+    assert 0 < page.run("return document.querySelector('#jobs progress').value") < 1
     page.one("#jobs button").click()
     page.until(lambda: not page.all("#jobs li"))
     page.until(lambda: page.running() == 0)
+    assert page.server.get("/jobs?limit=1").json()["jobs"][0]["status"] in ("canceled", "canceling")
     assert page.run("return document.getElementById('live').textContent") == "Cancelled"
     assert not page.all("#gallery li")
 
