@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from core import tracing
+from core import png, tracing
 from core.plans import Pixels
 from core.problems import Problem, invalid_field, problem
 from core.requests import ImageFormat
@@ -212,17 +212,16 @@ def encode(pixels: Pixels, format: ImageFormat, quality: int = 90, texts: dict[s
         format: png, jpeg or webp; `quality` (1 to 100) is for the last two.
         texts: metadata; text chunks in a PNG, and its `parameters` in EXIF UserComment elsewhere.
     """
-    image, out = to_pil(pixels), io.BytesIO()
     if format == "png":
         info = PngImagePlugin.PngInfo()
         for key, text in (texts or {}).items():
             # A1111 writes tEXt where Latin-1 holds the text and iTXt where not; add_text does the same.
             info.add_text(key, text)
-        image.save(out, "PNG", pnginfo=info, compress_level=4)
-    else:
-        comment = (texts or {}).get("parameters")
-        exif = exif_user_comment(comment) if comment else b""
-        image.save(out, format.upper(), quality=quality, exif=exif)
+        return png.encode(pixels, [(kind, data) for kind, data, *_ in info.chunks])
+    image, out = to_pil(pixels), io.BytesIO()
+    comment = (texts or {}).get("parameters")
+    exif = exif_user_comment(comment) if comment else b""
+    image.save(out, format.upper(), quality=quality, exif=exif)
     return out.getvalue()
 
 

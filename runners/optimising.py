@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig, TorchAoConf
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from core.optimising import Optimise
 
@@ -29,7 +30,8 @@ TILE = 256  # pixels, the side of a VAE tile where memory is short
 def keep_compiled(folder: Path) -> None:
     """Let torch.compile keep its kernels in `folder`, for the next start; the environment's own choice goes first."""
     for name, part in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        os.environ.setdefault(name, str(folder / part))
+        if os.environ.get(name) in (None, default_cache_dir()):  # which torch has put there itself when it was imported
+            os.environ[name] = str(folder / part)
 
 
 def loading_options(optimise: Optimise) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import SlicedAttnProcessor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from api import reading
 from core.catalogue import Catalogue
@@ -137,9 +138,9 @@ def test_a_quantised_flux_is_smaller_and_takes_loras(plain: dict[str, Pixels], m
 
 
 def test_compiled_blocks_draw_the_same_and_are_kept_on_disk(plain: dict[str, Pixels], miniatures: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(name, "")  # undone after the test
-        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch itself sets it when it is imported
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # undone after the test
+    monkeypatch.delenv("TRITON_CACHE_DIR")
     monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", False)  # they pay from the second kernel on
     (tmp_path / "configuration.yaml").write_text((ROOT / "configuration.yaml").read_text())
     monkeypatch.setenv("EASEL_CONFIGURATION", str(tmp_path / "configuration.yaml"))
