@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Debian's packages for tests, which skip what is missing: promtool
-SYSTEM := prometheus chromium chromium-driver
+SYSTEM := prometheus chromium chromium-driver postgresql
 
 .PHONY: help serve test system lint lock keys bench bento container prove-container clean
 help:  ## list the commands

@@ -5,9 +5,12 @@ One module per contract adds its router here; api.gate stands in front of all of
 
 from __future__ import annotations
 
+import logging
+
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import APIKeyHeader, HTTPBearer
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -36,9 +39,10 @@ from api import (
 )
 from core import __version__
 from core import metrics as count
-from core.problems import FieldError, Problem, invalid, problem, shown
+from core.problems import FieldError, Problem, invalid, problem, shown, unavailable
 from core.settings import Settings
 
+log = logging.getLogger("easel.api")
 _DESCRIPTION = """Pictures from Stable Diffusion, SDXL and Flux; pictures, captions and embeddings from UniDiffuser; behind API keys and a queue.
 
 Where an operation has several answers, Accept chooses among them. Parameters that are listed for the query may also stand in
@@ -65,6 +69,7 @@ def build(settings: Settings) -> FastAPI:
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(SQLAlchemyError, _store)
     contracts = (seed, replay, jobs, openai, links, preprocess, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage, metrics, studio)
     for contract in contracts:
         app.include_router(contract.router)
@@ -87,6 +92,11 @@ async def _validation(request: Request, error: Exception) -> Response:
         for item in error.errors()
     ]
     return await _problem(request, invalid(found))
+
+
+async def _store(request: Request, error: Exception) -> Response:
+    log.error("the store of jobs: %s", type(error).__name__, exc_info=error)
+    return await _problem(request, unavailable("The store of jobs does not answer.", retry_after=5, slug="job-store"))
 
 
 async def _http(request: Request, error: Exception) -> Response:

@@ -18,7 +18,7 @@ from api import backend, usage
 from api.backend import SERVICES
 from api.routing import Runner
 from api.tasks import TASKS, Task
-from api.webhooks import Webhooks
+from api.webhooks import Event, Webhooks
 from core import images, logs, problems
 from core.draining import Draining
 from core.generation import Generation
@@ -27,6 +27,7 @@ from core.jobs import Job
 from core.placement import runner_of
 from core.plans import Plan
 from core.problems import Problem
+from core.status import RunnerStatus
 
 log = logging.getLogger("easel.jobs")
 POLL_S = 1.0  # how often the store is asked for what other processes took in
@@ -42,6 +43,7 @@ class Work:
     def __init__(self, store: Store, draining: Draining, webhooks: Webhooks) -> None:
         self.store, self.draining, self.webhooks = store, draining, webhooks
         self._doing: dict[str, asyncio.Task[None]] = {}
+        self._down: dict[str, asyncio.Task[None]] = {}  # runners that do not answer; their jobs are left to others meanwhile
         self._woken = asyncio.Event()
         self._begun: set[str] = set()  # whose webhooks know that they run
         self._loops = [asyncio.create_task(loop()) for loop in (self._claiming, self._beating)]
@@ -52,7 +54,7 @@ class Work:
 
     async def close(self) -> None:
         """Give back what is not done."""
-        for task in (*self._loops, *self._doing.values()):
+        for task in (*self._loops, *self._doing.values(), *self._down.values()):
             task.cancel()
         await asyncio.gather(*self._loops, *self._doing.values(), return_exceptions=True)
         await self.webhooks.close(CLOSE_S)
@@ -62,8 +64,8 @@ class Work:
         while not self.draining.active:
             with _logged():
                 room = self.store.settings.at_once - len(self._doing)
-                here = sorted({runner_of(worker) for worker in backend.workers()} & SERVICES.keys())
-                for job in await asyncio.to_thread(self.store.claim, here, room) if room > 0 else []:
+                here = sorted(({runner_of(worker) for worker in backend.workers()} & SERVICES.keys()) - self._down.keys())
+                for job in await asyncio.to_thread(self.store.claim, here, room) if here and room > 0 else []:
                     task = self._doing[job.id] = asyncio.create_task(self._do(job))
                     task.add_done_callback(partial(self._done, job.id))
             with contextlib.suppress(TimeoutError):
@@ -121,16 +123,32 @@ class Work:
             await self._put(self.store.release, job.id, 0, False)
         elif slug in _FULL or (slug in _GONE and now.attempts < self.store.settings.attempts):
             log.info("%s is tried again: %s", job.id, problem.details.detail)
-            await self._put(self.store.release, job.id, 1 if slug in _FULL else 3, slug in _GONE)
+            if slug in _GONE and job.service not in self._down:
+                self._down[job.service] = asyncio.create_task(self._until_back(job.service))
+            await self._put(self.store.release, job.id, 1 if slug in _FULL else 0, slug in _GONE)
         else:
             await self._put(self.store.finish, job.id, "failed", None, None, problem.details)
+
+    async def _until_back(self, service: str) -> None:
+        try:
+            while True:
+                with _logged():
+                    states = await backend.statuses()
+                    if any(isinstance(state, RunnerStatus) and not state.draining for name, state in states.items() if runner_of(name) == service):
+                        return
+                await asyncio.sleep(POLL_S)
+        finally:
+            del self._down[service]
+            self.wake()
 
     async def _put(self, call: Callable[..., Any], *args: Any) -> None:
         """A change that must not be lost to a cancel; where it ends the job, its webhook is told."""
         job = await asyncio.shield(asyncio.to_thread(call, *args))
         if job is not None:
-            begun = [] if job.id in self._begun else ["start"]
-            self.webhooks.send(job, *begun, *(["output"] if job.status == "succeeded" else []), "completed")
+            events: list[Event] = ["start", "output", "completed"]
+            told = {"start"} if job.id in self._begun else set()
+            told |= set() if job.status == "succeeded" else {"output"}
+            self.webhooks.send(job, *(event for event in events if event not in told))
 
     async def _follow(self, id: str, plan: Plan, gone: asyncio.Event, runner: Runner) -> None:
         """Put down how a job is as long as a runner has it; set `gone` when it has to end."""

@@ -32,6 +32,7 @@ _MOST = settings.load().limits.images
 PARTS = {name: max(task.parts.get(name, 0) or (_MOST if name in task.parts else 0) for task in TASKS.values()) for name in ("image", "mask", *reading.GUIDES)}
 # Of all tasks, for the OpenAPI document.
 _FIELDS = {name: own for task in reversed(TASKS.values()) for name, own in task.model.model_json_schema()["properties"].items()}
+_TAKEN: document.Responses = {202: {"description": "The job, as it is now.", "headers": {"Location": {"description": "Where it is.", "schema": {"type": "string"}}}}}
 _OF_ONE = document.refuses(404, 410)
 _MADE = document.refuses(406, 409)
 EVENT_S = 0.5  # at most two snapshots a second
@@ -69,7 +70,7 @@ class JobRequest(BaseModel):
     "/jobs",
     status_code=202,
     response_model=JobSnapshot,
-    responses={202: {"description": "The job, as it is now.", "headers": {"Location": {"description": "Where it is.", "schema": {"type": "string"}}}}} | document.refuses(404, 406, 409),
+    responses=_TAKEN | document.refuses(404, 406, 409),
     openapi_extra=document.takes_either(document.takes_json(JobRequest, **_FIELDS), document.takes_form(JobRequest, "JobForm", PARTS, **_FIELDS)),
 )
 async def submit(request: Request) -> Response:

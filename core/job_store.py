@@ -36,7 +36,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 from ulid import ULID
 
 from core.generation import Generation
@@ -107,7 +107,10 @@ class Store:
         self._engine = create_engine(url, pool_pre_ping=not lite, connect_args={"timeout": 30} if lite else {})
         if lite:
             event.listen(self._engine, "connect", _pragmas)
-        _META.create_all(self._engine)
+        try:
+            _META.create_all(self._engine)
+        except (IntegrityError, OperationalError, ProgrammingError):  # another process was making it at the same time
+            _META.create_all(self._engine)
 
     def close(self) -> None:
         self._engine.dispose()

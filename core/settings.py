@@ -114,6 +114,12 @@ class Jobs(Section):
     attempts: Count = 3
     lease_s: Seconds = 15
 
+    @model_validator(mode="after")
+    def driver_is_there(self) -> Jobs:
+        if self.store.startswith("postgresql") and find_spec("psycopg") is None:
+            raise ValueError("jobs.store needs a package: pip install 'psycopg[binary]>=3.3,<4'")
+        return self
+
 
 class WebhookSettings(Section):
     """Where jobs' webhooks may go, and how often one is tried."""

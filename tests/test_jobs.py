@@ -27,8 +27,9 @@ from core.plans import Pixels
 from core.problems import Problem
 from core.requests import GenerationRequest
 from core.settings import Jobs, Settings
-from tests.conftest import ADMIN, USER, Server, serving, wait_for
+from tests.conftest import ADMIN, USER, Server, serving, unidiffuser, wait_for
 from tests.test_http import jpeg, problem
+from tests.test_shutdown import runner_of
 
 OTHER = "another-key"
 DRAW = {"prompt": "red apple", "num_inference_steps": 4, "seed": 7}
@@ -57,7 +58,7 @@ def over(server: Server, job: dict, key: str = USER) -> dict:
         found[:] = [server.get(job["urls"]["self"], key=key).json()]
         return found[0]["status"] in ("succeeded", "failed", "canceled")
 
-    wait_for(ended, 90, server)
+    wait_for(ended, 200, server)
     return found[0]
 
 
@@ -328,3 +329,12 @@ def test_only_so_many_wait(tmp_path: Path) -> None:
     add(store, "b", queue)
     with pytest.raises(Problem, match="queue is full"):
         add(store, "c", queue)
+
+
+@pytest.mark.http
+def test_a_job_whose_runner_is_killed_is_done_once_it_is_back(tmp_path: Path, miniatures: dict[str, Path]) -> None:
+    with serving(tmp_path, SETTINGS | {"unidiffuser": unidiffuser(miniatures)}) as server:
+        busy, waiting = submit(server, num_inference_steps=100), submit(server)
+        running(server, busy)
+        runner_of(server).kill()
+        assert [over(server, job)["status"] for job in (busy, waiting)] == ["succeeded", "succeeded"]
