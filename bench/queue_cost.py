@@ -14,6 +14,7 @@ import os
 import resource
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -48,12 +49,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results.md")
     options = parser.parse_args()
     load = os.getloadavg()[0]
-    lines = in_process(options.waiting, options.times)
+    lines = [SECTION, "", turns.where("bench/queue_cost.py", load), "", *in_process(options.waiting, options.times)]
+    turns.write(options.results, SECTION, "\n".join(lines) + "\n")
     if options.clients:
         lines += over_http(options.clients)
-    text = "\n".join([SECTION, "", turns.where("bench/queue_cost.py", load), "", *lines]) + "\n"
-    turns.write(options.results, SECTION, text)
-    print(text)
+        turns.write(options.results, SECTION, "\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 def in_process(waiting: int, times: int) -> list[str]:
@@ -103,7 +104,7 @@ def over_http(clients: int) -> list[str]:
     """KiB of a server's processes for each client that waits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 8 * clients)), hard))
-    with Server(env={"EASEL_USAGE__PATH": "null"}) as server:
+    with tempfile.TemporaryDirectory() as folder, Server(env={"EASEL_USAGE__PATH": f"{folder}/usage.sqlite3"}) as server:
         server.start_with("/post_config", {"prompt": "red apple", "model_id": STARTER, "num_inference_steps": 2, "seed": 1})
         each = asyncio.run(_waiting(server, clients))
     return [f"- Memory of a client that waits over HTTP, in all of the server's processes, connection and all: {each:.1f} KiB ({clients} clients)."]

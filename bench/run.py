@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import io
 import os
 import signal
@@ -54,7 +55,7 @@ class Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=15, help="begin nothing that would not end within so long (default: 15)")
-    parser.add_argument("--rounds", type=int, default=5, help="the most rounds (default: 5)")
+    parser.add_argument("--rounds", type=int, default=6, help="the most rounds (default: 6)")
     parser.add_argument("--quick", action="store_true", help="one round of a few pictures, to see that it runs")
     parser.add_argument("--only", default="", help="scenarios whose names have this in them")
     parser.add_argument("--peers", default="BentoML,LitServe,hf-serve", help="the peers to run, by name, with commas (empty: none)")
@@ -93,7 +94,7 @@ async def measure(contenders: Started, options: argparse.Namespace, end: float) 
     order, took, raw_rate = deque(contenders.running), dict.fromkeys((s.name for s in chosen), 0.0), 1.0
     for number in range(1 if options.quick else options.rounds):
         for scenario in chosen:
-            if number and time.monotonic() + took[scenario.name] > end:
+            if number % scenario.every or (number and time.monotonic() + took[scenario.name] > end):
                 continue
             began = time.monotonic()
             for contender in list(order):
@@ -171,10 +172,15 @@ def idle_cpu(pids: list[int]) -> float:
     """Cores that all contenders' processes take while nothing is asked of them."""
     processes: list[Any] = []
     for pid in pids:
-        processes += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
 
     def spent() -> float:
-        return sum(sum(p.cpu_times()[:2]) for p in processes if p.is_running())
+        total = 0.0
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += sum(process.cpu_times()[:2])
+        return total
 
     before, began = spent(), time.monotonic()
     time.sleep(3)

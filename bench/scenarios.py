@@ -44,6 +44,7 @@ class Scenario:
     pictures: asked for in this order; for a closed loop dealt out to the clients in turn.
     clients: of a closed loop, slow ones not included.
     load: of an open one, the arrivals as a share of what the raw loop can draw.
+    every: it has its turn in every so-manieth round; those that take long do not in all.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Scenario:
     pictures: list[Picture]
     clients: int = 1
     load: float = 0.0
+    every: int = 1
 
     @property
     def by_latency(self) -> bool:
@@ -91,13 +93,13 @@ def scenarios(image: bytes, miniature_steps: int) -> list[Scenario]:
     mini: dict[str, Any] = {"model": MINIATURE, "steps": miniature_steps}
     half = {STARTER: 12, MINIATURE: max(2, miniature_steps // 2)}
     return [
-        Scenario("1 client", "closed", different(6)),
+        Scenario("1 client", "closed", different(5)),
         Scenario("8 clients, same settings", "closed", different(16), 8),
         Scenario("8 clients, mixed", "closed", mixed(16, image), 8),
         Scenario("two models alternating, 2 clients", "closed", alternating(8, half), 2),
-        Scenario("2 slow clients beside 4 fast", "slow", different(12), 4),
-        Scenario("arrivals at 0.7 of the raw loop's rate", "open", different(24), load=0.7),
-        Scenario("burst of 200, 4 steps", "burst", different(200, steps=4)),
+        Scenario("2 slow clients beside 4 fast", "slow", different(8), 4),
+        Scenario("arrivals at 0.7 of the raw loop's rate", "open", different(16), load=0.7, every=3),
+        Scenario("burst of 200, 2 steps each", "burst", different(200, steps=2), every=3),
         Scenario("miniature, 1 client", "closed", different(4, **mini)),
         Scenario("miniature, 8 clients, same settings", "closed", different(8, **mini), 8),
     ]
