@@ -16,6 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api import (
+    a1111,
+    a1111_lists,
     animate,
     document,
     errors,
@@ -70,7 +72,7 @@ def build(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(SQLAlchemyError, _store)
-    contracts = (seed, replay, jobs, openai, links, preprocess, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage, metrics, studio)
+    contracts = (seed, replay, jobs, openai, a1111, a1111_lists, links, preprocess, animate, upscaling, multimodal, models, typed, loras, llm, experiments, usage, metrics, studio)
     for contract in contracts:
         app.include_router(contract.router)
     app.state.routes = [route for contract in contracts for route in contract.router.routes]

@@ -201,12 +201,20 @@ def _meanwhile(follow: Follow | None, runner: Runner) -> Iterator[None]:
 
 
 async def _ended(request: Request | None, gone: asyncio.Event | None) -> None:
-    """Return when the client has closed its connection (the request's body has been read before), or `gone` is set."""
-    if request is None:
-        await (gone or asyncio.Event()).wait()
-        return
+    """Return when the client has closed its connection, or `gone` is set."""
+    ends = [asyncio.ensure_future((gone or asyncio.Event()).wait()), *([asyncio.ensure_future(_left(request))] if request else [])]
+    try:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for end in ends:
+            end.cancel()
+
+
+async def _left(request: Request) -> bool:
+    """Return when the client has closed its connection. The request's body has been read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    return True
 
 
 async def _answer(call: Callable[[], Awaitable[T]]) -> T:

@@ -33,6 +33,7 @@ from core.status import RunnerStatus
 log = logging.getLogger("easel.api")
 ADMIN_PREFIX = "/admin/"
 ADMIN_PATHS = {"/add_new_lora", "/add_lora", "/remove_lora"}  # as the seed and BentoML's client name them
+A1111_PREFIX = "/sdapi/"  # whose clients send HTTP Basic: the password is the key
 UPLOAD_PATH = "/admin/loras/upload"
 FORM_BYTES = 1024 * 1024  # what a form may have beside its file
 # Public path to the contracts' own: typed calls, which BentoML would parse unsafely, and BentoML's
@@ -162,12 +163,13 @@ class Gate:
             raise problem(403, "auth-off", "Forbidden", "auth.mode is off, which serves loopback addresses only. Configure keys to serve others.")
         if self.keys.off and headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise problem(403, "cross-site", "Forbidden", "auth.mode is off, so pages of other sites are refused. Configure keys to serve them.")
-        caller = self.keys.caller(headers)
+        a1111 = scope["path"].startswith(A1111_PREFIX)
+        caller = self.keys.caller(headers, basic=a1111)
         if caller is None:
             raise problem(
                 401, "unauthorized", "Unauthorized",
                 "A valid key is needed: X-API-Key: KEY, or Authorization: Bearer KEY.",
-                headers={"WWW-Authenticate": 'Bearer realm="easel", ApiKey realm="easel"'},
+                headers={"WWW-Authenticate": 'Bearer realm="easel", ApiKey realm="easel"' + (', Basic realm="easel"' if a1111 else "")},
             )
         if _for_admins(scope["path"]) and caller.role != "admin":
             raise problem(403, "forbidden", "Forbidden", "This needs an admin key.")

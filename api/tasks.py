@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from api import answering, backend, embedding, reading, usage
 from api.answering import CaptionResponse, GenerationResponse, JointResponse, TextsResponse
-from api.backend import Service
+from api.backend import Follow, Service
 from api.embedding import EmbedResponse
 from core import animation, images, multimodal, plans, settings, upscaling
 from core.animation import AnimationRequest
@@ -152,10 +152,10 @@ async def planned(wanted: GenerationRequest, inputs: Inputs | None, request: Req
         raise renamed(problem, names or {}) from None
 
 
-async def drawn(plan: Plan, request: Request | None, service: Service = "StableDiffusion") -> Generation:
+async def drawn(plan: Plan, request: Request | None, service: Service = "StableDiffusion", *, gone: asyncio.Event | None = None, follow: Follow | None = None) -> Generation:
     """What comes of a plan, as long as the client waits for it, put down in the usage log; takes and raises what
     `backend.generate` does."""
-    generation = await backend.generate(plan, request, service)
+    generation = await backend.generate(plan, request, service, gone=gone, follow=follow)
     await usage.record(plan, generation)
     return generation
 

@@ -6,6 +6,8 @@ constant time and known elsewhere only by a short hash.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hashlib
 import hmac
 from dataclasses import dataclass
@@ -60,12 +62,16 @@ class Keys:
                 "(`make keys` writes random ones), or set auth.mode: off to serve this machine alone."
             )
 
-    def caller(self, headers: dict[str, str]) -> Caller | None:
+    def caller(self, headers: dict[str, str], basic: bool = False) -> Caller | None:
         """Who the headers (lower-case names) prove to be; None for nobody. Takes the same time for
-        every wrong key: all keys are compared, each in constant time."""
+        every wrong key: all keys are compared, each in constant time.
+
+        Args:
+            basic: take HTTP Basic too, the key being its password; any user name will do.
+        """
         if self.off:
             return ANYONE
-        given = _given(headers)
+        given = _given(headers, basic)
         found = None
         for key, caller in self._keys:
             if hmac.compare_digest(key, given) and found is None:
@@ -77,11 +83,14 @@ class Keys:
         return bool(self._entry) and hmac.compare_digest(self._entry, _given(headers))
 
 
-def _given(headers: dict[str, str]) -> bytes:
+def _given(headers: dict[str, str], basic: bool = False) -> bytes:
     given = headers.get("x-api-key", "")
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if not given and scheme.lower() == "bearer":
         given = token.strip()
+    elif not given and basic and scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(token.strip(), validate=True).partition(b":")[2]
     return given.encode("utf-8", "surrogateescape")
 
 

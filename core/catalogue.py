@@ -10,6 +10,7 @@ import math
 import random
 import re
 import uuid
+from pathlib import PurePath
 
 from core import guides, hires, inpainting, schedulers, trials
 from core.families import FAMILIES, Entry
@@ -63,6 +64,13 @@ class Catalogue:
             return self._guess(name)
         known = list(self.generators)
         raise invalid_field("model_id", f"there is no model {name!r}{nearest(name, known)}", known, name)
+
+    def called(self, name: str) -> Entry | None:
+        """The model that others mean by a name: its id, the last part of it, or the name of its file; None where there is none."""
+        if name in self.generators:
+            return self.generators[name]
+        named = {_plain(spelling): entry for entry in self.generators.values() for spelling in (entry.id, entry.id.rsplit("/", 1)[-1], PurePath(entry.model.source or entry.id).name)}
+        return named.get(_plain(name))
 
     def _guess(self, name: str) -> Entry:
         """An unlisted hub id: its family by what such ids usually contain."""
@@ -231,6 +239,11 @@ class Catalogue:
             return min(rounded, entry.max_size // step * step)
 
         return side(entry.size * shape), side(entry.size / shape)
+
+
+def _plain(name: str) -> str:
+    """A model's name without case, blanks and the like; A1111 writes a hash in brackets behind it."""
+    return re.sub(r"\W|_", "", re.sub(r"\.safetensors|\s*\[[0-9a-f]+\]$", "", name.lower()))
 
 
 def _guess_family(name: str) -> Family:

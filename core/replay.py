@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from core import infotext, metadata
 from core.catalogue import Catalogue
-from core.families import Entry
 from core.images import Description
 from core.inpainting import SIDES
 from core.metadata import Record
@@ -83,7 +82,7 @@ def _of_record(record: Record, catalogue: Catalogue) -> Replay:
     _drawn_by_post_config(record.family == "unidiffuser", record.upscale is not None, record.animation is not None)
     replay = Replay("easel", model_sha256=record.model_sha256)
     hires, inpainting, size = record.hires, record.inpainting, record.hires.first if record.hires else (record.width, record.height)
-    _model(replay, record.model_id, record.model_id, catalogue)
+    _model(replay, record.model_id, catalogue)
     _loras(replay, record.prompt, {lora.name: lora.weight for lora in record.loras}, catalogue)
     for lora in record.loras:
         known = catalogue.registry.of_kind("lora").get(lora.name)
@@ -146,7 +145,7 @@ def _of_infotext(text: str, catalogue: Catalogue) -> Replay:
     _drawn_by_post_config(False, "Postprocess upscaler" in left, "Motion adapter" in left)
     replay = Replay("easel" if own else "a1111", notes=[_TEXT_ALONE if own else _NOISE])
     if "Model" in left:
-        _model(replay, left["Model"], left.pop("Model"), catalogue)
+        _model(replay, left.pop("Model"), catalogue)
     prompt, loras = _tags(replay, said.prompt)
     _loras(replay, prompt, loras, catalogue)
     if not own and _EDITING.search(f"{prompt}\n{said.negative_prompt}"):
@@ -225,25 +224,11 @@ def _put(replay: Replay, **values: object) -> None:
     replay.request |= {name: value for name, value in values.items() if value is not None}
 
 
-def _model(replay: Replay, name: str, given: str, catalogue: Catalogue) -> None:
-    """The catalogue's model of this name, by its id, the last part of it, or its file's name."""
-    key = _key(name)
-    known = [id for id, entry in catalogue.generators.items() if id == name] or [id for id, entry in catalogue.generators.items() if key in _names(entry)]
-    if known:
-        replay.request["model_id"] = known[0]
-        return
+def _model(replay: Replay, name: str, catalogue: Catalogue) -> None:
     try:
-        replay.request["model_id"] = catalogue.find(name).id  # an unlisted one, where those are allowed
+        replay.request["model_id"] = (catalogue.called(name) or catalogue.find(name)).id  # `find` guesses, where unlisted ones are allowed
     except Problem:
-        replay.unmet.append(f"there is no model {shown(given)} here; without model_id it is {catalogue.models.default}")
-
-
-def _names(entry: Entry) -> set[str]:
-    return {_key(name) for name in (entry.id, entry.id.rsplit("/", 1)[-1], PurePath(entry.model.source or entry.id).stem)}
-
-
-def _key(name: str) -> str:
-    return re.sub(r"[\W_]+", "", name.removesuffix(".safetensors")).lower()
+        replay.unmet.append(f"there is no model {shown(name)} here; without model_id it is {catalogue.models.default}")
 
 
 def _loras(replay: Replay, prompt: str, weights: dict[str, float] | dict[str, str], catalogue: Catalogue) -> None:

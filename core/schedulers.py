@@ -44,7 +44,7 @@ class _Sampler:
 
 # Noise schedules by their A1111 names, as diffusers' settings. Those on sigmas span all of the model's
 # noise, which diffusers does with `linspace` only.
-_SCHEDULES: dict[str, dict[str, object]] = {
+SCHEDULES: dict[str, dict[str, object]] = {
     "Karras": {"use_karras_sigmas": True, "timestep_spacing": "linspace"},
     "Exponential": {"use_exponential_sigmas": True, "timestep_spacing": "linspace"},
     "Beta": {"use_beta_sigmas": True, "timestep_spacing": "linspace"},
@@ -118,7 +118,7 @@ def _table(samplers: tuple[_Sampler, ...]) -> dict[str, Scheduler]:
     for sampler in samplers:
         made = {
             schedule: Scheduler(
-                sampler.name, schedule, sampler.class_name, {**sampler.config, **_SCHEDULES.get(schedule or "", {})}, sampler.image_to_image
+                sampler.name, schedule, sampler.class_name, {**sampler.config, **SCHEDULES.get(schedule or "", {})}, sampler.image_to_image
             )
             for schedule in (None, *sampler.schedules)
         }
@@ -133,7 +133,7 @@ def _table(samplers: tuple[_Sampler, ...]) -> dict[str, Scheduler]:
 
 
 _DIFFUSION, _FLOW, _UNSCALED = _table(_SAMPLERS), _table(_FLOW_SAMPLERS), _table(_UNSCALED_SAMPLERS)
-_MISSING = {_key(f"{name} {schedule}"): near for name, near in _NEAR.items() for schedule in ("", "Automatic", *_SCHEDULES)}
+_MISSING = {_key(f"{name} {schedule}"): near for name, near in _NEAR.items() for schedule in ("", "Automatic", *SCHEDULES)}
 
 
 def _of(flow: bool, unscaled: bool) -> dict[str, Scheduler]:
@@ -146,6 +146,11 @@ def names(flow: bool = False, image_to_image: bool = False, unscaled: bool = Fal
     latents as they are (UniDiffuser)."""
     table = _of(flow, unscaled).values()
     return list(dict.fromkeys(s.name for s in table if s.image_to_image or not image_to_image))
+
+
+def samplers() -> dict[str, list[str]]:
+    """The samplers by their A1111 names, each with the other names that it has."""
+    return {sampler.name: list(sampler.aliases) for sampler in _SAMPLERS}
 
 
 def find(name: str, flow: bool = False, image_to_image: bool = False, unscaled: bool = False) -> Scheduler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,15 +29,17 @@ pytestmark = pytest.mark.http
 APPLICATION = app.build(settings.load())
 DOCUMENT = APPLICATION.openapi()
 SERVICES = ("ImageGeneration", "StableDiffusion", "UniDiffuser")
-OF_UNIDIFFUSER = {"/prompt2img", "/img2prompt", "/img2embed", *(f"/{task}" for task in get_args(Task))}
+OF_UNIDIFFUSER = {"/sdapi/v1/interrogate", "/prompt2img", "/img2prompt", "/img2embed", *(f"/{task}" for task in get_args(Task))}
 OF_STABLE_DIFFUSION = {"/post_config", "/txt2img", "/img2img", "/inpaint", "/outpaint", "/animate", "/upscale", "/v1/images/generations", "/v1/images/edits", "/v1/images/files/{name}",
     "/jobs", "/jobs/{id}", "/jobs/{id}/events", "/jobs/{id}/result", "/jobs/{id}/outputs/{index}",
+    *(f"/sdapi/v1/{path}" for path in ("txt2img", "img2img", "extra-single-image")),
 }  # fmt: skip
 FAST = {"num_inference_steps": 2, "seed": 1}
 MADE = PngImagePlugin.PngInfo()
 MADE.add_text("parameters", "red apple\nSteps: 2, Sampler: Euler, CFG scale: 5, Seed: 1, Size: 64x64, Model: starter/stable-diffusion")
 DRAW = {"prompt": "red apple", **FAST}
 PICTURE = {"image": ("in.jpg", jpeg((64, 64)), "image/jpeg")}
+ENCODED = base64.b64encode(jpeg((64, 64))).decode()
 EXPERIMENT = {"id": "hats", "variants": [{"name": "a"}, {"name": "b"}], "metrics": [{"name": "liked", "kind": "boolean"}]}
 
 
@@ -68,7 +71,6 @@ CALLS = [
     post("/post_config", params=DRAW),
     post("/post_config", params=DRAW, files=PICTURE),
     post("/replay", params={"run": "true"}, files={"image": saved(Image.new("RGB", (64, 64)), "PNG", pnginfo=MADE)}),
-    post("/replay", files={"image": saved(Image.new("RGB", (64, 64)), "PNG", pnginfo=MADE)}),
     post("/txt2img", json=DRAW),
     post("/img2img", data=DRAW, files=PICTURE),
     post("/inpaint", data=DRAW, files=PICTURE | {"mask": PICTURE["image"]}),
@@ -80,6 +82,15 @@ CALLS = [
     post("/v1/images/edits", data=DRAW, files=PICTURE),
     get("/v1/models"),
     get("/v1/models/{id}", {"id": "starter/stable-diffusion"}),
+    post("/sdapi/v1/txt2img", json={"prompt": "red apple", "steps": 2}),
+    post("/sdapi/v1/img2img", json={"prompt": "red apple", "steps": 2, "init_images": [ENCODED]}),
+    post("/sdapi/v1/extra-single-image", json={"image": ENCODED, "upscaler_1": "starter/upscaler"}),
+    post("/sdapi/v1/png-info", json={"image": ENCODED}),
+    post("/sdapi/v1/interrogate", json={"image": ENCODED}),
+    post("/sdapi/v1/options", json={"sd_vae": "Automatic"}),
+    *(post(f"/sdapi/v1/{path}") for path in ("interrupt", "skip", "refresh-checkpoints", "refresh-loras", "refresh-vae", "refresh-embeddings")),
+    *(get(f"/sdapi/v1/{path}") for path in ("progress", "options", "sd-models", "samplers", "schedulers", "loras", "embeddings", "upscalers", "latent-upscale-modes", "prompt-styles", "cmd-flags")),
+    *(get(f"/sdapi/v1/{path}") for path in ("scripts", "sd-vae", "sd-modules", "hypernetworks", "face-restorers", "realesrgan-models", "script-info", "extensions")),
     post("/prompt2img", params=DRAW),
     post("/img2prompt", params=FAST, files=PICTURE),
     post("/img2embed", files=PICTURE),
