@@ -41,7 +41,8 @@ FORM_BYTES = 1024 * 1024  # what a form may have beside its file
 TYPED = ("/txt2img", "/img2img", "/inpaint", "/outpaint", "/upscale", "/animate", "/add_lora", "/remove_lora", "/list_loras", *(f"/{task}" for task in get_args(Task)))
 DIRECT = {**{path: path for path in TYPED}, "/docs.json": "/openapi.json"}
 _PROBED = ("/livez", "/healthz", "/readyz", "/metrics")
-_OWN = ("/livez", "/healthz", "/readyz", "/docs", "/openapi.json")
+_HEALTH = ("/livez", "/healthz", "/readyz")
+_OWN = (*_HEALTH, "/docs", "/openapi.json")
 _INTERNAL = "/internal"  # what an entry calls of its workers
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -105,6 +106,8 @@ class Gate:
 
     async def _serve(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         path: str = scope["path"]
+        if path in _HEALTH and scope["method"] not in ("GET", "HEAD"):
+            raise _standard(405, {"allow": "GET, HEAD"})
         if path in ("/livez", "/healthz"):
             await answer.json(200, {"status": "alive"})
             return
