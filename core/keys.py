@@ -46,7 +46,7 @@ def main() -> None:
             print(f"  {name}={value}   (new, in {env})")
         key = made.get("API_KEY") or ("$API_KEY" if os.environ.get("API_KEY") else f"$(sed -n 's/^API_KEY=//p' {env})")
         key = f'-H "X-API-Key: {key}" '
-    print("Try it:")
+    print(f"Open {address}/studio in a browser, or try it:")
     print(f'  curl -X POST {key}"{address}/post_config?prompt=red+apple&seed=1" -o apple.png')
 
 

@@ -30,7 +30,7 @@ export function offer(capabilities) {
 function adapt() {
   const { model, task } = models.get($("model_id").value) ?? {};
   if (!model) return;
-  $("model-badges").replaceChildren(...rights(model).filter(Boolean), make("span", { className: "badge" }, model.state));
+  $("model-badges").replaceChildren(...rights(model).filter(Boolean));
   for (const name of ["num_inference_steps", "guidance_scale", "count_returned"]) limit(name, model[name]);
   for (const name of ["width", "height"]) limit(name, model.size, model.size.multiple_of);
   $("negative_prompt").disabled = !model.negative_prompt;

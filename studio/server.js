@@ -5,21 +5,23 @@ import { asProblem, call, json } from "./http.js";
 
 const EVERY_MS = 2000;
 let timer = 0;
+let turn = 0; // of those who ask, only the latest goes on
 
 /** Begin or stop asking. */
 export function watch(on) {
   clearTimeout(timer);
-  if (on) ask();
+  turn += 1;
+  if (on) ask(turn);
 }
 
-async function ask() {
+async function ask(mine) {
   try {
     if (!document.hidden) show((await json("/buffer_status")).runners);
     clearProblem($("server-problem"));
   } catch (error) {
     showProblem($("server-problem"), asProblem(error));
   }
-  timer = setTimeout(ask, EVERY_MS);
+  if (mine === turn) timer = setTimeout(ask, EVERY_MS, mine);
 }
 
 function show(runners) {
@@ -69,9 +71,9 @@ async function unloading(id) {
   try {
     await call(`/admin/unload?model_id=${encodeURIComponent(id)}`, { method: "POST" });
   } catch (error) {
-    clearTimeout(timer);
+    watch(false);
     showProblem($("server-problem"), asProblem(error));
-    timer = setTimeout(ask, 5 * EVERY_MS);
+    timer = setTimeout(watch, 5 * EVERY_MS, true);
     return;
   }
   watch(true);
