@@ -17,7 +17,7 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response, StreamingResponse
 
-from api import answering, backend, document, job_store, quotas, reading, tasks
+from api import answering, backend, document, job_store, quotas, reading, tasks, uploading
 from api.job_work import Work
 from api.seed import PICTURES
 from api.tasks import TASKS, Task, Uploads
@@ -28,8 +28,8 @@ from core.jobs import Job, JobList, JobSnapshot, Status
 from core.problems import invalid_field, nearest, problem
 
 router = APIRouter(tags=["jobs"])
-_MOST = settings.load().limits.images
-PARTS = {name: max(task.parts.get(name, 0) or (_MOST if name in task.parts else 0) for task in TASKS.values()) for name in ("image", "mask", *reading.GUIDES)}
+# Of any task; how many of each its own may have, `_check_parts` says.
+PARTS = {name: max(task.parts.get(name, 0) or (uploading.PARTS if name in task.parts else 0) for task in TASKS.values()) for name in ("image", "mask", *reading.GUIDES)}
 # Of all tasks, for the OpenAPI document.
 _FIELDS = {name: own for task in reversed(TASKS.values()) for name, own in task.model.model_json_schema()["properties"].items()}
 _TAKEN: document.Responses = {202: {"description": "The job, as it is now.", "headers": {"Location": {"description": "Where it is.", "schema": {"type": "string"}}}}}
@@ -308,5 +308,5 @@ def _check_parts(task: Task[Any, Any], uploads: Uploads) -> None:
     for name, files in uploads.items():
         if name not in task.parts:
             raise invalid_field(name, f"{task.name} takes no such file", list(task.parts) or None)
-        if len(files) > (limit := task.parts[name] or _MOST):
+        if len(files) > (limit := task.parts[name] or settings.load().limits.images):
             raise invalid_field(name, "is given too often", f"at most {limit} times")

@@ -51,7 +51,8 @@ async def _dead(runner: Runner) -> None:
     while missed < MISSED:
         await asyncio.sleep(EVERY_S)
         try:
-            await asyncio.wait_for(runner.status(), TIMEOUT_S)
+            async with asyncio.timeout(TIMEOUT_S):  # wait_for would lose a cancel that comes with the answer
+                await runner.status()
             missed = 0
         except TimeoutError:
             missed += 1

@@ -209,7 +209,7 @@ def test_what_guides_counts_as_its_models_bytes_and_goes_when_idle_or_for_room(d
     resident = residency.acquire(device.catalogue.find("sd15"), Path(), torch.float32)
     shown = next(m for m in residency.snapshot([]) if m.model_id == "sd15")
     assert {"sd15-a", "ip-sd15"} <= {g.id for g in shown.guides}
-    assert shown.resident_bytes == resident.weights_bytes + sum(beside.resident_bytes for beside in (*shown.guides, *shown.loras))
+    assert shown.resident_bytes == resident.weights_bytes + resident.remembered.bytes + sum(beside.resident_bytes for beside in (*shown.guides, *shown.loras))
     resident.guides.drop_idle(0)
     assert resident.guides.bytes == 0
     draw(device, "sd15", control=[DRAWING], controlnet="sd15-a")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from api import answering
+from api import tasks
 from core import images
 from core.catalogue import Catalogue
 from core.model_settings import Model, Models
@@ -42,7 +42,7 @@ def test_a_picture_is_encoded_while_the_event_loop_and_the_device_go_on(monkeypa
 
     async def work() -> bytes:
         first = await draw(1)
-        answer = asyncio.create_task(answering.answer(first, request, "image/png", embed=True))
+        answer = asyncio.create_task(tasks.answered(tasks.GENERATE, request, first, "image/png"))
         while not threads:
             await asyncio.sleep(0.005)
         await draw(2)

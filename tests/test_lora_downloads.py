@@ -82,7 +82,7 @@ def test_a_lora_is_downloaded_checked_and_registered(fake: FakeCivitai, tmp_path
         "model_id": 1, "base_model": "stabilityai/stable-diffusion-xl-base-1.0", "lora_path": f"{fake.url}/api/download/models/10",
         "trigger words": ["Ghibli style", "extra"], "allow_no_mention": False, "usage_rights": "AllowCommercialUse", "family": "sdxl",
         "version_id": 10, "file_name": "civitai-10.safetensors", "sha256": hashlib.sha256(content).hexdigest(), "size": len(content),
-        "creator": "ann", "nsfw": False, "preview": "https://image.civitai.com/p.jpeg", "civitai_base_model": "SDXL 1.0", "allow_commercial_use": ["Image"],
+        "creator": "ann", "nsfw": False, "preview": "https://image.civitai.com/p.jpeg", "civitai_base_model": "SDXL 1.0", "allow_commercial_use": ["Image"], "schema_version": 2,
     }
     assert "?fileId=100" in next(s.path for s in fake.seen if "download" in s.path)
     state = next(iter(made.jobs.values())).state

@@ -112,12 +112,12 @@ def test_captions_are_those_of_the_plain_pipeline(device: Device, plain: UniDiff
 
 @pytest.mark.parametrize(("guidance", "passes"), [(1.0, 2), (5.0, 4)])
 def test_guidance_of_one_or_less_takes_one_pass_a_step(device: Device, guidance: float, passes: int) -> None:
-    request = PicturesRequest(num_inference_steps=2, guidance_scale=guidance, seed=1)
+    request = PromptToImageRequest(prompt="a cat", num_inference_steps=2, guidance_scale=guidance, seed=1)
     entry = device.catalogue.find(None)
     rows: list[int] = []
     hook = device.residency.acquire(entry, device.fetch(entry), torch.float32).base.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     try:
-        do(device, "generate", PromptToImageRequest(prompt="a cat", **request.model_dump(exclude_unset=True)))
+        do(device, "generate", request)
     finally:
         hook.remove()
     assert sum(rows) == passes
