@@ -75,11 +75,13 @@ class Ledger:
         self._connection: sqlite3.Connection | None = None
 
     def prepare(self) -> None:
-        """Bring the file to this version, before anything is written down.
+        """Bring the file, where there is one, to this version, before anything is written down.
 
         Raises:
             LaterVersion: see there. Whatever else is wrong is logged, and tried again with the next request.
         """
+        if not self.path.exists():
+            return
         try:
             self._use(lambda _: None)
         except LaterVersion:
