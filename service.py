@@ -19,14 +19,14 @@ from pydantic_settings import SettingsError
 from simple_di.providers import SingletonFactory
 from yaml import YAMLError
 
-from api import animate, app, backend, gate, jobs, multimodal, quotas, typed, upscaling, usage
+from api import animate, app, backend, gate, job_store, jobs, multimodal, quotas, typed, upscaling, usage
 from core import logs, settings, tracing
 from core.auth import Keys, NoKeys
 from core.draining import Draining
 from core.model_settings import Models, Queue
 from core.placement import Place, addresses, elsewhere, gpus_seen, places, share
 from core.settings import Settings
-from core.usage import LaterVersion
+from core.versions import LaterVersion
 from runners.diffusion import DiffusionRunner
 
 
@@ -53,6 +53,7 @@ try:
     keys = Keys(configured, settings.secrets())
     stable_diffusion_places, unidiffuser_places = place(configured)
     usage.prepare()
+    job_store.prepare()
     tracing.configure()
 except (NoKeys, LaterVersion, FileNotFoundError, ValueError, SettingsError, YAMLError) as error:
     raise SystemExit(f"Easel cannot start. {error}") from None

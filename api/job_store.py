@@ -5,10 +5,15 @@ from __future__ import annotations
 from functools import lru_cache
 
 from core import settings
-from core.job_store import Store
+from core.job_store import Store, check
 
 
 @lru_cache(maxsize=1)
 def of_process() -> Store:
     """Where this process's jobs are kept."""
     return Store(settings.load().jobs)
+
+
+def prepare() -> None:
+    """Look at the store before anything starts. Raises: LaterVersion: where it is a later Easel's."""
+    check(settings.load().jobs)

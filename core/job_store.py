@@ -1,11 +1,14 @@
 """Where jobs are kept: a table in SQLite, or in a PostgreSQL that several entries share (`jobs.store`).
 
 A process claims a job by a lease that it renews while it works on it; the job of a process that died is claimed by
-another once its lease is over. Every call is one short transaction, made to be run in a worker thread.
+another once its lease is over. Every call is one short transaction, made to be run in a worker thread. The store carries a
+schema version: an earlier one's is brought to this, a later one's refused. An SQLite file that is corrupt is moved aside.
 """
 
 from __future__ import annotations
 
+import logging
+import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import fields
@@ -32,11 +35,13 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    inspect,
     select,
+    text,
     update,
 )
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 from ulid import ULID
 
 from core.generation import Generation
@@ -45,7 +50,9 @@ from core.model_settings import Queue
 from core.plans import Plan
 from core.problems import ProblemDetails, problem
 from core.settings import Jobs, beside_configuration
+from core.versions import LaterVersion
 
+log = logging.getLogger("easel.jobs")
 KEY_S = 24 * 3600  # how long an idempotency key is known
 GONE_S = 7 * 24 * 3600  # how long an expired job is known to have been
 _META = MetaData()
@@ -88,6 +95,9 @@ _JOBS = Table(
     Index("jobs_status", "status", "id"),
     Index("jobs_client", "client", "id"),
 )
+_SCHEMA = Table("jobs_schema", _META, Column("id", Integer, primary_key=True), Column("version", Integer, nullable=False))  # one row
+# What a store of an earlier version lacks, by the version that brought it, from 2 on. Stores without a version are of the first.
+_ADDED: list[str] = []
 _SHOWN = [_JOBS.c[f.name] for f in fields(Job)]
 
 
@@ -96,21 +106,22 @@ class Store:
 
     Args:
         settings: where it is, and how long results and leases last.
+
+    Raises:
+        LaterVersion: where a later Easel has written it.
     """
 
     def __init__(self, settings: Jobs) -> None:
         self.settings, self.owner = settings, str(ULID())
-        url = make_url(settings.store)
-        lite = url.get_backend_name() == "sqlite"
-        if lite and url.database:
-            url = url.set(database=str(beside_configuration(Path(url.database))))
-        self._engine = create_engine(url, pool_pre_ping=not lite, connect_args={"timeout": 30} if lite else {})
-        if lite:
-            event.listen(self._engine, "connect", _pragmas)
+        self._engine = _engine(settings)
         try:
-            _META.create_all(self._engine)
-        except (IntegrityError, OperationalError, ProgrammingError):  # another process was making it at the same time
-            _META.create_all(self._engine)
+            _make(self._engine)
+        except DatabaseError as error:
+            if _corrupt(error):
+                _move_aside(self._engine)
+            elif not isinstance(error, (IntegrityError, OperationalError, ProgrammingError)):
+                raise
+            _make(self._engine)  # another process was making it at the same time
 
     def close(self) -> None:
         self._engine.dispose()
@@ -283,6 +294,87 @@ class Store:
     def _blob(self, id: str, name: str) -> bytes | None:
         with self._engine.begin() as connection:
             return connection.execute(select(_JOBS.c[name]).where(_JOBS.c.id == id)).scalar_one_or_none()
+
+
+def check(settings: Jobs) -> None:
+    """Look at a store without making or changing anything.
+
+    Raises:
+        LaterVersion: where a later Easel has written it. Whatever else is wrong is told when the store is used.
+    """
+    engine = _engine(settings)
+    if (file := _file(engine)) and not file.exists():
+        return
+    try:
+        with engine.connect() as connection:
+            _version(connection)
+    except SQLAlchemyError as error:
+        log.error("the store of jobs cannot be looked at: %s", error)
+    finally:
+        engine.dispose()
+
+
+def _engine(settings: Jobs) -> Engine:
+    url = make_url(settings.store)
+    lite = url.get_backend_name() == "sqlite"
+    if lite and url.database:
+        url = url.set(database=str(beside_configuration(Path(url.database))))
+    engine = create_engine(url, pool_pre_ping=not lite, connect_args={"timeout": 30} if lite else {})
+    if lite:
+        event.listen(engine, "connect", _pragmas)
+    return engine
+
+
+def _file(engine: Engine) -> Path | None:
+    """That of an SQLite."""
+    return Path(engine.url.database) if engine.dialect.name == "sqlite" and engine.url.database else None
+
+
+def _version(connection: Connection) -> int | None:
+    """A store's version; None for one that does not exist yet.
+
+    Raises:
+        LaterVersion: see there.
+    """
+    there, known = inspect(connection), 1 + len(_ADDED)
+    found = connection.execute(select(_SCHEMA.c.version)).scalar_one_or_none() if there.has_table(_SCHEMA.name) else None
+    if found is not None and found > known:
+        raise LaterVersion(f"The version of the store of jobs is {found}, and this Easel knows {known}: use the Easel that wrote it, or another jobs.store")
+    return found if found is not None else 1 if there.has_table(_JOBS.name) else None
+
+
+def _make(engine: Engine) -> None:
+    """Make the tables, or bring them to this version, once, whichever process comes first."""
+    with engine.begin() as connection:
+        version = _version(connection)
+    # The version comes before the table: who sees the table without one sees an old store.
+    _SCHEMA.create(engine, checkfirst=True)
+    try:
+        with engine.begin() as connection:
+            connection.execute(insert(_SCHEMA).values(id=1, version=version or 1 + len(_ADDED)))
+    except IntegrityError:
+        log.debug("the store of jobs has a version")
+    _META.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(update(_SCHEMA).values(version=_SCHEMA.c.version))  # others wait for this transaction
+        for statement in _ADDED[connection.execute(select(_SCHEMA.c.version)).scalar_one() - 1 :]:
+            connection.execute(text(statement))
+        connection.execute(update(_SCHEMA).values(version=1 + len(_ADDED)))
+
+
+def _corrupt(error: DatabaseError) -> bool:
+    return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _move_aside(engine: Engine) -> None:
+    file = _file(engine)
+    assert file is not None
+    engine.dispose()
+    aside = file.with_name(f"{file.name}.corrupt-{ULID()}")
+    log.error("the store of jobs %s is corrupt; it is now %s, and a new one begins", file, aside)
+    for end in ("-wal", "-shm", ""):
+        if (part := file.with_name(file.name + end)).exists():
+            part.rename(aside.with_name(aside.name + end))
 
 
 def _pragmas(connection: Any, _: object) -> None:

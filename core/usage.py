@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from core.generation import Generation
 from core.plans import Plan
+from core.versions import LaterVersion
 
 log = logging.getLogger("easel.usage")
 T = TypeVar("T")
@@ -48,10 +49,6 @@ _ADDED = ["ALTER TABLE usage ADD COLUMN flagged INTEGER NOT NULL DEFAULT 0"]
 _COLUMNS: dict[Group, str] = {
     "key": "u.key", "model": "u.model", "lora": "l.lora", "day": "date(u.at, 'unixepoch')", "commercial": "u.commercial",
 }  # fmt: skip
-
-
-class LaterVersion(OSError):
-    """The file is of a version that this Easel does not know."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("easel.runner")
 WATCH_S = 3.0
+LOCAL_S = 1.0  # within which files that are here already are had, however short the deadline
 _WARM_UP = GenerationRequest(prompt="warm-up", num_inference_steps=1, seed=0)
 
 
@@ -79,8 +80,10 @@ class DiffusionRunner:
         try:
             began = time.monotonic()
             paths = await self._prepared(plan)
+            if (waited := time.monotonic() - began) >= plan.deadline_s:
+                raise problems.deadline_passed(plan.deadline_s)
             submitted = time.time_ns()
-            generation = await self._in_hand.done(plan, lambda plan: self.device.submit(plan, paths[plan.model_id], paths), time.monotonic() - began)
+            generation = await self._in_hand.done(plan, lambda plan: self.device.submit(plan, paths[plan.model_id], paths), waited)
             if generation.ran:
                 tracing.stages(generation.ran.timing, submitted)
             return generation
@@ -133,12 +136,12 @@ class DiffusionRunner:
 
         Raises:
             Problem: what stands in the way; 499 where the plan is cancelled meanwhile.
-            TimeoutError: at the plan's deadline.
+            TimeoutError: at the plan's deadline, where they are being downloaded.
         """
         waiting = asyncio.create_task(self._all_local(plan))
         self._preparing[plan.id] = waiting
         try:
-            done, _ = await asyncio.wait([waiting], timeout=plan.deadline_s)
+            done, _ = await asyncio.wait([waiting], timeout=max(plan.deadline_s, LOCAL_S))
             if not done:
                 waiting.cancel()
                 raise TimeoutError

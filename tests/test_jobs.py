@@ -9,6 +9,9 @@ import json
 import os
 import re
 import signal
+import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +21,7 @@ import pytest
 import requests
 from PIL import Image, ImageChops
 
+from core import job_store
 from core.catalogue import Catalogue
 from core.generation import Generation
 from core.job_store import Store
@@ -26,7 +30,8 @@ from core.model_settings import Queue
 from core.plans import Pixels
 from core.problems import Problem
 from core.requests import GenerationRequest
-from core.settings import Jobs, Settings
+from core.settings import ROOT, Jobs, Settings
+from core.versions import LaterVersion
 from tests.conftest import ADMIN, USER, Server, serving, unidiffuser, wait_for
 from tests.test_http import jpeg, problem
 from tests.test_shutdown import runner_of
@@ -321,6 +326,62 @@ def test_a_result_is_kept_whole_and_forgotten_in_time(tmp_path: Path) -> None:
     assert gone is not None
     assert gone.status == "expired"
     assert store.result(job.id) is None
+
+
+def version_of(path: Path) -> int:
+    with sqlite3.connect(path) as connection:
+        return int(connection.execute("SELECT version FROM jobs_schema").fetchone()[0])
+
+
+def test_a_store_of_an_earlier_version_is_brought_to_this_one_once_with_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "jobs.sqlite3"
+    store = stored(tmp_path)
+    job = add(store)
+    store.close()
+    assert version_of(path) == 1
+    with sqlite3.connect(path) as connection:  # the first ones had no version
+        connection.execute("DROP TABLE jobs_schema")
+    monkeypatch.setattr(job_store, "_ADDED", ["ALTER TABLE jobs ADD COLUMN colour TEXT NOT NULL DEFAULT 'red'"])
+    with ThreadPoolExecutor(4) as pool:  # processes that start at once
+        stores = list(pool.map(lambda _: stored(tmp_path), range(4)))
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT id, colour FROM jobs").fetchall() == [(job.id, "red")]
+    assert version_of(path) == 2
+    assert [s.id for s in stores[0].claim(["StableDiffusion"], 5)] == [job.id]
+    for each in stores:
+        each.close()
+
+
+def test_a_store_of_a_later_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+    store = stored(tmp_path)
+    add(store)
+    store.close()
+    path = tmp_path / "jobs.sqlite3"
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE jobs_schema SET version = 99")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(LaterVersion, match="is 99, and this Easel knows 1: use the Easel that wrote it"):
+        stored(tmp_path)
+    started = subprocess.run(
+        [sys.executable, "-c", "import service"], capture_output=True, text=True, timeout=120, cwd=ROOT,
+        env={**os.environ, "EASEL_JOBS__STORE": f"sqlite:///{path}", "API_KEY": "k", "ADMIN_API_KEY": "a"},
+    )  # fmt: skip
+    assert started.returncode == 1
+    assert "Easel cannot start. The version of the store of jobs is 99" in started.stderr
+    assert path.read_bytes() == before
+
+
+def test_a_corrupt_store_is_moved_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, content = tmp_path / "jobs.sqlite3", b"this is no database" * 500
+    path.write_bytes(content)
+    job_store.check(Jobs(store=f"sqlite:///{path}"))  # at start, nothing stands in the way
+    assert path.read_bytes() == content
+    store = stored(tmp_path)
+    assert add(store).status == "queued"
+    store.close()
+    assert [p.read_bytes() for p in tmp_path.glob("jobs.sqlite3.corrupt-*")] == [content]
+    assert "is corrupt" in caplog.text
 
 
 def test_only_so_many_wait(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from core.model_settings import Model, Models
 from core.plans import Plan
 from core.problems import Problem
 from core.settings import Settings
+from runners import diffusion
 from runners.diffusion import DiffusionRunner
 
 SETTINGS = Settings(models=Models(default="m", catalogue=[Model(id="m", family="sd15", source="/nowhere")], cpu_threads=1))
@@ -97,3 +98,20 @@ def test_all_who_wait_for_a_runner_ask_together_whether_it_lives(monkeypatch: py
         assert runner.asked == asked  # nobody waits, and nobody asks
 
     asyncio.run(wait())
+
+
+@pytest.mark.parametrize(("fetch_s", "slug"), [(0.05, "deadline-passed"), (2, "model-downloading")])
+def test_a_deadline_that_passes_is_a_504_but_for_models_that_are_downloaded(monkeypatch: pytest.MonkeyPatch, fetch_s: float, slug: str) -> None:
+    monkeypatch.setattr(diffusion, "LOCAL_S", 0.5)
+    runner, fetched = DiffusionRunner(), threading.Event()
+    runner.start("test", SETTINGS, SETTINGS.models, Draining(1, 0))
+
+    def fetch(_: object) -> Path:
+        fetched.wait(fetch_s)
+        return Path("/nowhere")
+
+    monkeypatch.setattr(runner.device, "fetch", fetch)
+    outcome = asyncio.run(DiffusionRunner.run.func(runner, plan().model_copy(update={"deadline_s": 5e-324})))
+    runner.device.queue.close()
+    assert outcome.problem is not None
+    assert outcome.problem.type.endswith(slug)

@@ -26,7 +26,8 @@ from core.plans import Pixels, Plan
 from core.problems import Problem
 from core.requests import GenerationRequest
 from core.settings import ROOT, Settings
-from core.usage import _SCHEMA, LaterVersion, Ledger, Line
+from core.usage import _SCHEMA, Ledger, Line
+from core.versions import LaterVersion
 from runners.device import Device
 
 CATALOGUE = Catalogue(Settings(models=Models(default="m", catalogue=[Model(id="m", family="starter", commercial_use=True)])))
