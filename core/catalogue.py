@@ -17,7 +17,7 @@ from core.families import FAMILIES, Entry
 from core.loras import Lora, Registry, rights
 from core.loras.registry import Kind
 from core.model_settings import ControlNet, Family, IpAdapter, Model, Models, UniDiffuser
-from core.plans import Inputs, Pixels, Plan
+from core.plans import Inputs, Pixels, Plan, steps_run
 from core.problems import FieldError, Problem, invalid, invalid_field, nearest
 from core.requests import GenerationRequest
 from core.settings import Settings, beside_configuration
@@ -137,7 +137,7 @@ class Catalogue:
         strength = None
         if image is not None:
             strength = 0.75 if request.strength is None else request.strength
-            if int(steps * strength) < 1:
+            if steps_run(steps, strength, traits.flow) < 1:
                 refuse("strength", f"{strength:g} of {steps} steps leaves none to run", f"at least {1 / steps:.3g}, or more steps", strength)
         elif request.strength is not None:
             refuse("strength", "only has a meaning with an input image", "leave it out, or send image", request.strength)
@@ -207,6 +207,7 @@ class Catalogue:
             image=image,
             mask=inputs.mask if inputs else None,
             inpainting=inpaint[0] if inpaint else None,
+            flow=traits.flow,
             hires=second,
             controls=guided.controls,
             control_images=guided.control_images,

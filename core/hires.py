@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from core.plans import Hires
+from core.plans import Hires, steps_run
 from core.problems import Refuse, nearest
 from core.requests import GenerationRequest
 
@@ -56,9 +56,11 @@ def plan(
     return Hires(scale=request.hr_scale, first=first, width=width, height=height, upscaler=upscaler, steps=second, strength=strength), notes
 
 
-def schedule(hires: Hires) -> int:
+def schedule(hires: Hires, flow: bool) -> int:
     """The length of a schedule of which `strength` leaves just `steps` to run, as A1111 counts them."""
     length = math.ceil(hires.steps / hires.strength - 1e-9)
-    while int(length * hires.strength) < hires.steps:  # as diffusers rounds
+    while steps_run(length, hires.strength, flow) < hires.steps:
         length += 1
+    while steps_run(length, hires.strength, flow) > hires.steps:
+        length -= 1
     return length

@@ -76,6 +76,11 @@ class Assigned(BaseModel):
     counts: bool
 
 
+def steps_run(steps: int, strength: float, flow: bool) -> int:
+    """How many of a schedule of `steps` img2img runs at `strength`: diffusers rounds them up for flow models (Flux), down for the others."""
+    return steps - int(max(steps - min(steps * strength, steps), 0)) if flow else min(int(steps * strength), steps)
+
+
 class Hires(BaseModel):
     """A second pass over an enlarged picture: from `first` (width, height) to `width` x `height` by
     `upscaler` (latent, lanczos, or an id of the catalogue), then `steps` of img2img at `strength`."""
@@ -154,6 +159,7 @@ class Plan(BaseModel):
     ip_adapter_images: list[Pixels] = []
     deadline_s: float
     notes: list[str]
+    flow: bool = False  # its model's, see `steps_run`
     hires: Hires | None = None
     upscale: Upscale | None = None  # then the picture is enlarged, and nothing else
     task: Task = "generate"
@@ -181,7 +187,7 @@ class Plan(BaseModel):
     @property
     def steps(self) -> int:
         """Denoising steps that a batch of its pictures takes."""
-        first = self.num_inference_steps if self.strength is None else int(self.num_inference_steps * self.strength)
+        first = self.num_inference_steps if self.strength is None else steps_run(self.num_inference_steps, self.strength, self.flow)
         return first + (self.hires.steps if self.hires else 0)
 
     @property

@@ -44,7 +44,7 @@ def redraw(
     pipe.scheduler = scheduler
     image = _latents(resident, first, second) if second.upscaler == "latent" else [_picture(row, second, upscaler, check) for row in first]
     size = {"width": second.width, "height": second.height} if resident.entry.model.family == "flux" else {}
-    given = {"image": image, "strength": second.strength, "num_inference_steps": hires.schedule(second), "guidance_scale": plan.guidance_scale}
+    given = {"image": image, "strength": second.strength, "num_inference_steps": hires.schedule(second, plan.flow), "guidance_scale": plan.guidance_scale}
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     made = pipe(
         **embedded,

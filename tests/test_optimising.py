@@ -94,6 +94,19 @@ def test_an_optimised_model_draws_the_same_picture(
         assert (device.residency.snapshot([])[0].host_bytes > 0) == ("offload" in optimise)
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux"])
+def test_a_lora_acts_on_a_model_that_is_offloaded_whole(
+    family: str, plain: dict[str, Pixels], miniatures: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with optimised(miniatures, family) as device:
+        lora = lora_files.write(tmp_path / "l.safetensors", lora_files.diffusers_layout(lora_files.matrices(resident(device).base, size=0.05)))
+        styled = draw(device, lora)
+    assert levels(styled, plain[family]) > 4
+    with optimised(miniatures, family, monkeypatch, offload="model") as device:
+        assert levels(draw(device, lora), styled) <= 1
+        assert levels(draw(device), plain[family]) <= 1  # and is gone with its request
+
+
 def test_each_optimisation_is_really_on(miniatures: dict[str, Path]) -> None:
     with optimised(miniatures, "sd15", attention_slicing=True, vae_slicing=True, vae_tiling=True, channels_last=True) as device:
         pipe = resident(device).base

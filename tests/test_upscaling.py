@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -261,13 +262,13 @@ def test_an_upscaler_is_measured_and_unloaded_when_idle(device: Device) -> None:
 @pytest.mark.parametrize("upscaler", ["latent", "lanczos", "starter/upscaler"])
 def test_hires_draws_over_what_it_enlarged(device: Device, model: str, upscaler: str) -> None:
     side = {"width": 256, "height": 128 if model == "sd15" else 256}
-    made = drawn(device, model_id=model, hr_scale=1.5, hr_upscaler=upscaler, hr_steps=2, hr_strength=0.5, scheduler="Euler", **side)
+    made = drawn(device, model_id=model, hr_scale=1.5, hr_upscaler=upscaler, hr_steps=3, hr_strength=0.7, scheduler="Euler", **side)
     final = (384, side["height"] * 3 // 2)
     assert (made.pictures[0].width, made.pictures[0].height) == final == (made.ran.width, made.ran.height)
-    assert made.ran.steps_run == 3 + 2
+    assert made.ran.steps_run == 3 + 3
     text = metadata.parameters(made.ran, 1)
     assert f"Size: 256x{side['height']}" in text
-    assert f"Denoising strength: 0.5, Hires upscale: 1.5, Hires steps: 2, Hires upscaler: {upscaler if '/' in upscaler else upscaler.title()}" in text
+    assert f"Denoising strength: 0.7, Hires upscale: 1.5, Hires steps: 3, Hires upscaler: {upscaler if '/' in upscaler else upscaler.title()}" in text
 
 
 def test_hires_keeps_what_the_first_pass_drew(device: Device) -> None:
@@ -321,7 +322,8 @@ def test_hires_that_cannot_be_is_refused_by_name(device: Device) -> None:
     assert set(refused(hr_scale=4.5)) == {"hr_scale"}
 
 
-@pytest.mark.parametrize(("steps", "strength"), [(1, 0.99), (7, 0.35), (30, 0.7), (20, 1.0), (3, 0.003)])
-def test_a_second_pass_runs_just_the_steps_it_was_asked_for(steps: int, strength: float) -> None:
-    length = hires.schedule(Hires(scale=2, first=(64, 64), width=128, height=128, upscaler="latent", steps=steps, strength=strength))
-    assert min(int(length * strength), length) == steps
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize(("steps", "strength"), [(1, 0.99), (7, 0.35), (30, 0.7), (20, 1.0), (3, 0.003), (3, 0.7)])
+def test_a_second_pass_runs_just_the_steps_it_was_asked_for(steps: int, strength: float, flow: bool) -> None:
+    length = hires.schedule(Hires(scale=2, first=(64, 64), width=128, height=128, upscaler="latent", steps=steps, strength=strength), flow)
+    assert (math.ceil(length * strength - 1e-9) if flow else min(int(length * strength), length)) == steps
