@@ -59,7 +59,8 @@ clean:  ## remove the virtual environment, and those of the benchmark
 
 .venv/serve.stamp: .venv/python.stamp requirements.lock requirements-upscale.lock
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.lock
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements-upscale.lock && touch $@
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements-upscale.lock
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -e . && touch $@
 
 .venv/test.stamp: .venv/serve.stamp requirements-dev.lock requirements-dev-nodeps.lock
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.lock -c requirements.lock
