@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import aiohttp
 import environments
+import psutil
 import yaml
 from scenarios import LORAS, MINIATURE, MINIATURE_FOLDER, SIZES, STARTER, Picture
 from turns import ROOT, RawLoop, Server
@@ -25,10 +26,11 @@ PNG = b"\x89PNG"
 
 
 class Contender(Protocol):
-    """`alone`: draws one picture at a time and times it itself; the others are servers."""
+    """`alone`: draws one picture at a time and times it itself; the others are servers. `pids`: its processes, but not theirs."""
 
     name: str
     alone: bool
+    pids: list[int]
 
     def can(self, picture: Picture) -> bool: ...
 
@@ -50,7 +52,7 @@ class Raw:
     name, alone = "raw loop", True
 
     def __init__(self, loop: RawLoop) -> None:
-        self._loop, self._free = loop, threading.Lock()
+        self._loop, self._free, self.pids = loop, threading.Lock(), [loop.pid]
 
     def can(self, picture: Picture) -> bool:
         return True
@@ -77,6 +79,9 @@ class Serving:
 
     alone = False
 
+    def __init__(self, server: Server) -> None:
+        self.server, self.pids = server, [server.pid]
+
     def request(self, picture: Picture) -> Request:
         raise NotImplementedError
 
@@ -99,9 +104,6 @@ class Serving:
 class Easel(Serving):
     name = "Easel"
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
     def can(self, picture: Picture) -> bool:
         return True
 
@@ -116,9 +118,6 @@ class Easel(Serving):
 
 class BentoML(Serving):
     name = "BentoML"
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
 
     def can(self, picture: Picture) -> bool:
         return True
@@ -136,9 +135,6 @@ class BentoML(Serving):
 class LitServe(Serving):
     name = "LitServe"
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
     def can(self, picture: Picture) -> bool:
         return True
 
@@ -152,7 +148,7 @@ class HfServe(Serving):
     name = "hf-serve"
 
     def __init__(self, servers: dict[str, Server]) -> None:
-        self.servers = servers
+        self.servers, self.pids = servers, [server.pid for server in servers.values()]
 
     def can(self, picture: Picture) -> bool:
         return picture.plain
@@ -161,6 +157,15 @@ class HfServe(Serving):
         size = SIZES[picture.model]
         parameters = {"num_inference_steps": picture.steps, "guidance_scale": picture.guidance, "width": size, "height": size, "seed": picture.seed}
         return Request(self.servers[picture.model].url + "/predict", {"json": {"inputs": picture.prompt, "parameters": parameters}, "headers": {"Accept": "image/png"}})
+
+
+def tree(pids: list[int]) -> list[psutil.Process]:
+    """These processes and all that they started."""
+    found: list[psutil.Process] = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return found
 
 
 def fields(picture: Picture) -> dict[str, Any]:
@@ -186,7 +191,18 @@ class Started:
 
     running: list[Any]
     failed: dict[str, str]
-    pids: list[int]
+
+    @contextlib.contextmanager
+    def only(self, one: Contender) -> Iterator[None]:
+        """Stop the others' processes meanwhile: a server that looks for work all the time would take the cores from whoever has its turn."""
+        stopped = [process for other in self.running if other is not one for process in tree(other.pids)]
+        for process in stopped:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in stopped:
+                process.resume()
 
     def fail(self, name: str, error: Exception) -> None:
         """Go on without a peer."""
@@ -221,12 +237,10 @@ def started(models: Path, only: set[str] | None = None) -> Iterator[Started]:
     with contextlib.ExitStack() as stack:
 
         def start(server: Server) -> Server:
-            stack.enter_context(server)
-            here.pids.append(server.pid)
-            return server
+            return stack.enter_context(server)
 
         loop = stack.enter_context(contextlib.closing(RawLoop(str(PEERS / "raw.py"), {}, env)))
-        here = Started([Raw(loop)], {}, [loop.pid])
+        here = Started([Raw(loop)], {})
         here.running.append(Easel(start(Server(env=configured(models, folders[MINIATURE])))))
         for name, make in (("BentoML", bentoml), ("LitServe", litserve), ("hf-serve", hf_serve)):
             if only is not None and name not in only:

@@ -95,7 +95,7 @@ def _notes(measured: Measured) -> list[str]:
             lines.append(f"- Added latency of Easel at 1 client, p50 against the raw pipeline call: {turns.spread(added, 1)} ms.")
     apart = ", ".join(f"{name} {value}" for name, value in measured.differences.items() if name != RAW)
     lines.append(f"- Largest difference to the raw loop's pictures of the same requests, of 255: {apart}.")
-    lines.append(f"- All contenders' processes together took {measured.idle_cpu:.2f} cores while nothing was asked of them.")
+    lines.append(f"- All contenders' processes together took {measured.idle_cpu:.2f} cores while nothing was asked of them; they were stopped while another had its turn.")
     lines += [f"- {name} did not run: {why.strip().splitlines()[-1] if why.strip() else 'no reason given'}" for name, why in measured.started.failed.items()]
     if "--quick" in sys.argv:
         lines.append("- Made with --quick, to see that it runs: these figures say nothing.")

@@ -1,7 +1,7 @@
 """Pictures through Easel against the raw diffusers loop and other servers, with the same weights, steps and machine.
 
 `make bench` (`.venv/bin/python bench/run.py`) starts Easel and the peers, has them and the raw loop draw in turns, scenario by
-scenario and round by round (a machine's speed drifts, and two at once would slow each other down), and writes its section of
+scenario and round by round (a machine's speed drifts, and two at once would slow each other down; the others' processes are stopped meanwhile), and writes its section of
 bench/results.md and bench/results.svg. Each ratio is of two neighbouring blocks. It stops beginning rounds when its time is up;
 `--minutes` says when. `--quick` shows in about two minutes that everything runs.
 """
@@ -21,14 +21,13 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import driving
 import environments
 import psutil
 import report
 from arrivals import Block
-from contenders import Contender, Started, started
+from contenders import Contender, Started, started, tree
 from PIL import Image, ImageChops, ImageDraw
 from scenarios import MINIATURE, STARTER, Picture, Scenario, mixed, quick, scenarios
 from turns import ROOT
@@ -90,7 +89,7 @@ async def measure(contenders: Started, options: argparse.Namespace, end: float) 
     chosen = quick(chosen) if options.quick else chosen
     measured = Measured(contenders, chosen)
     await warm_up(measured, image)
-    measured.idle_cpu = idle_cpu(contenders.pids)
+    measured.idle_cpu = idle_cpu([pid for contender in contenders.running for pid in contender.pids])
     order, took, raw_rate = deque(contenders.running), dict.fromkeys((s.name for s in chosen), 0.0), 1.0
     for number in range(1 if options.quick else options.rounds):
         for scenario in chosen:
@@ -99,7 +98,8 @@ async def measure(contenders: Started, options: argparse.Namespace, end: float) 
             began = time.monotonic()
             for contender in list(order):
                 if all(map(contender.can, scenario.pictures)):
-                    got = await attempt(contender, scenario, driving.times(scenario, raw_rate, number))
+                    with contenders.only(contender):
+                        got = await attempt(contender, scenario, driving.times(scenario, raw_rate, number))
                     measured.of(scenario, contender.name).append(got)
             took[scenario.name] = time.monotonic() - began
             order.rotate(1)
@@ -170,10 +170,7 @@ def difference(*files: bytes) -> int:
 
 def idle_cpu(pids: list[int]) -> float:
     """Cores that all contenders' processes take while nothing is asked of them."""
-    processes: list[Any] = []
-    for pid in pids:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            processes += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    processes = tree(pids)
 
     def spent() -> float:
         total = 0.0
