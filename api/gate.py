@@ -159,15 +159,16 @@ class Gate:
 
         Raises:
             Problem: 401 without a valid key, 403 for a user key on an admin path. Without keys, 403 for
-                who is not on this machine, and for pages of other sites in a browser that is.
+                who is not on this machine, and for pages of other sites in a browser that is. A browser sends
+                the Basic key by itself, other sites' pages included; for those it is none.
         """
         headers = _headers(scope)
         if self.keys.off and not _is_local(scope):
             raise problem(403, "auth-off", "Forbidden", "auth.mode is off, which serves loopback addresses only. Configure keys to serve others.")
-        if self.keys.off and headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        if self.keys.off and (_cross_site(headers) or not _names_loopback(headers.get("host", ""))):
             raise problem(403, "cross-site", "Forbidden", "auth.mode is off, so pages of other sites are refused. Configure keys to serve them.")
         a1111 = scope["path"].startswith(A1111_PREFIX)
-        caller = self.keys.caller(headers, basic=a1111)
+        caller = self.keys.caller(headers, basic=a1111 and not _cross_site(headers))
         if caller is None:
             raise problem(
                 401, "unauthorized", "Unauthorized",
@@ -273,6 +274,24 @@ def _asked_for(scope: Scope) -> str | None:
 
 def _for_admins(path: str) -> bool:
     return path.startswith(ADMIN_PREFIX) or path in ADMIN_PATHS
+
+
+def _cross_site(headers: dict[str, str]) -> bool:
+    """Whether a page of another site sent the request. Browsers say so of addresses they trust (https, loopback); of others Origin tells."""
+    if site := headers.get("sec-fetch-site"):
+        return site not in ("none", "same-origin")
+    origin = headers.get("origin")
+    return origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
+
+
+def _names_loopback(host: str) -> bool:
+    """Whether a Host header names this machine. A page of a site whose name was made to lead here (DNS rebinding) counts
+    as same-origin, and shows itself by that name alone."""
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    try:
+        return name.lower() == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _is_local(scope: Scope) -> bool:
