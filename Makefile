@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Debian's packages for tests, which skip what is missing: promtool
 SYSTEM := prometheus chromium chromium-driver postgresql
 
-.PHONY: help serve test fuzz system lint lock keys bench bento container prove-container clean
+.PHONY: help serve test fuzz soak system lint lock keys bench bento container prove-container clean
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
 
@@ -32,6 +32,9 @@ bench: .venv/test.stamp  ## measure against raw diffusers and other servers; wri
 fuzz: .venv/test.stamp  ## fuzz the HTTP contract and the picture decoder at length
 	$(BIN)/python -m tests.fuzz.contract --cases 200
 	$(BIN)/python -m tests.fuzz.pictures --inputs 100000
+
+soak: .venv/test.stamp  ## an hour of mixed work, which must leave the server as it was
+	$(BIN)/python -m tests.reliability.soak --minutes 60
 
 bento: .venv/serve.stamp  ## build a Bento
 	EASEL_AUTH__MODE=off $(BIN)/bentoml build

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from api import backend, usage
 from api.backend import SERVICES
 from api.routing import Runner
@@ -32,6 +34,7 @@ from core.status import RunnerStatus
 log = logging.getLogger("easel.jobs")
 POLL_S = 1.0  # how often the store is asked for what other processes took in
 CLOSE_S = 5.0  # what webhooks on their way get when the process ends
+_PUT_AGAIN_S = (0.5, 1.0, 2.0, 4.0)  # between tries of a change that the store does not take
 FOLLOW_S = 0.5  # how often a runner is asked how a job of its is
 # Problems that end an attempt, not the job: its runner died or shuts down (that counts), or has no room for it now.
 _GONE, _FULL = ("runner-gone", "draining", "unavailable"), ("queue-full",)
@@ -79,7 +82,7 @@ class Work:
     async def _beating(self) -> None:
         while True:
             with _logged():
-                await asyncio.to_thread(self.store.beat)
+                await asyncio.to_thread(self.store.beat, list(self._doing))
                 for job in await asyncio.to_thread(self.store.sweep):
                     self.webhooks.send(job, "completed")
             await asyncio.sleep(self.store.settings.lease_s / 3)
@@ -142,8 +145,16 @@ class Work:
             self.wake()
 
     async def _put(self, call: Callable[..., Any], *args: Any) -> None:
-        """A change that must not be lost to a cancel; where it ends the job, its webhook is told."""
-        job = await asyncio.shield(asyncio.to_thread(call, *args))
+        """A change that must not be lost, to a cancel, or to a store that is away or full for a while; where it ends the job, its webhook is told."""
+        for wait in (*_PUT_AGAIN_S, None):
+            try:
+                job = await asyncio.shield(asyncio.to_thread(call, *args))
+                break
+            except SQLAlchemyError:
+                if wait is None:
+                    raise
+                log.exception("jobs: the store does not take a change; it is tried again")
+                await asyncio.sleep(wait)
         if job is not None:
             events: list[Event] = ["start", "output", "completed"]
             told = {"start"} if job.id in self._begun else set()

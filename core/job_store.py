@@ -223,10 +223,10 @@ class Store:
             row = connection.execute(select(_JOBS.c.plan, _JOBS.c.wanted, _JOBS.c.accept).where(_JOBS.c.id == id)).one()
         return unpack_plan(row.plan), row.wanted, row.accept
 
-    def beat(self) -> None:
-        """Renew this process's leases."""
+    def beat(self, ids: Sequence[str]) -> None:
+        """Renew this process's leases of the jobs that it works on. One whose end could not be put down is claimed again when its lease is over."""
         with self._engine.begin() as connection:
-            connection.execute(update(_JOBS).where(_JOBS.c.owner == self.owner).values(lease_until=time.time() + self.settings.lease_s))
+            connection.execute(update(_JOBS).where(_JOBS.c.owner == self.owner, _JOBS.c.id.in_(ids)).values(lease_until=time.time() + self.settings.lease_s))
 
     def mine(self, id: str) -> Job | None:
         """A job that this process works on; None where it does not, or no longer."""

@@ -27,6 +27,7 @@ class Queue(Section):
     limit: Count = 64
     per_key: Count = 32
     deadline_s: Seconds = 600
+    hang_timeout_s: Seconds = 900
 
 
 class Model(Section):

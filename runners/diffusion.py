@@ -26,6 +26,7 @@ from core.requests import GenerationRequest
 from core.settings import Settings
 from core.status import PlanProgress, RunnerStatus
 from core.upscaling import UpscaleRequest
+from runners import watchdog
 from runners.sharing import InHand
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class DiffusionRunner:
         """Heed signals, and begin warming up; readiness waits for it."""
         self.draining.install()
         metrics.begin()
+        self._watching = asyncio.create_task(watchdog.watch(self.device.queue, self.catalogue.queue.hang_timeout_s))
         self._warming = [asyncio.create_task(self._warm(model_id)) for model_id in sorted(self._cold)]
 
     @bentoml.on_shutdown

@@ -60,6 +60,7 @@ class Job(Generic[R]):
     submitted: float = field(default_factory=time.monotonic)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)  # of who submits it: the request's id, for logs
     started: float | None = None
+    stepped: float = 0  # when it last came to a step
     progress: Progress | None = None
     watched_until: float = 0  # of time.monotonic: previews are made so long
     preview: Pixels | None = None
@@ -73,6 +74,7 @@ class Job(Generic[R]):
 
     def check(self) -> None:
         """Raise the Problem that ends this job, if there is one: cancelled, or out of time."""
+        self.stepped = time.monotonic()
         if self._cancelled.is_set():
             raise problems.cancelled()
         if time.monotonic() - self.submitted > self.deadline_s:
@@ -225,6 +227,22 @@ class DeviceQueue:
             return QueueStatus(running=len(self._running), progress=progress, waiting=self._count, limit=self.limit, mean_service_s=self._mean_s)
 
     @property
+    def stalled_s(self) -> float:
+        """How long what is running has come to no step; 0 where nothing runs."""
+        with self._changed:
+            now = time.monotonic()
+            return now - max((max(job.stepped, job.started or now) for job in self._running), default=now)
+
+    def abandon(self, running: problems.Problem, waiting: problems.Problem) -> None:
+        """Tell all who wait, since the thread does not come back; the process is to end after that."""
+        with self._changed:
+            self._closed = True
+            for job in self._running:
+                if not job.future.done():
+                    job.future.set_exception(running)
+            self._fail_waiting(waiting)
+
+    @property
     def idle(self) -> bool:
         with self._changed:
             return not self._running and self._count == 0
@@ -233,14 +251,17 @@ class DeviceQueue:
         """End the thread after the job in hand; what still waits gets a 503."""
         with self._changed:
             self._closed = True
-            for jobs in self._waiting.values():
-                for job in jobs:
-                    _fail(job, problems.unavailable("The service is shutting down.", retry_after=10))
-            self._waiting.clear()
-            self._by_id.clear()
-            self._count = 0
+            self._fail_waiting(problems.unavailable("The service is shutting down.", retry_after=10))
             self._changed.notify()
         self._thread.join()
+
+    def _fail_waiting(self, problem: problems.Problem) -> None:
+        for jobs in self._waiting.values():
+            for job in jobs:
+                _fail(job, problem)
+        self._waiting.clear()
+        self._by_id.clear()
+        self._count = 0
 
     def _wait_s(self, ahead: int) -> int:
         """Seconds until a place is likely to be free: one service time, at least a second."""
