@@ -15,12 +15,12 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.responses import JSONResponse, Response
 
-from api import answering, document, links, reading, tasks
+from api import answering, document, links, openai_stream, reading, tasks
 from core import images
 from core.catalogue import Catalogue
 from core.families import Entry
 from core.generation import Generation
-from core.plans import Inputs
+from core.plans import Inputs, Plan
 from core.problems import Problem, invalid_field, nearest, problem, renamed
 from core.requests import Format, GenerationRequest, ImageFormat, Text
 from core.settings import Limits, Settings
@@ -37,7 +37,7 @@ _STARTED = int(time.time())
 _STEPS: dict[Quality, float] = {"low": 0.5, "medium": 1, "high": 1.5}  # times the model's own
 
 
-class ImagesRequest(BaseModel):
+class ImagesRequest(openai_stream.Streaming):
     """A request for pictures as OpenAI's clients send it."""
 
     model_config = ConfigDict(extra="allow", str_strip_whitespace=True)
@@ -59,7 +59,7 @@ class ImagesRequest(BaseModel):
     def null_is_left_out(cls, values: Any) -> Any:
         return {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
 
-    @field_validator("n", "output_compression", mode="before")
+    @field_validator("n", "output_compression", "partial_images", mode="before")
     @classmethod
     def numbers_are_no_booleans(cls, value: Any) -> Any:
         if isinstance(value, bool):
@@ -78,6 +78,10 @@ class ImagesRequest(BaseModel):
             raise invalid_field(name[:80], f"unknown parameter{nearest(name, known)}", sorted(known))
         if self.output_compression is not None and self.output_format == "png":
             raise invalid_field("output_compression", "is for jpeg and webp: png loses nothing", "leave it out, or another output_format", self.output_compression)
+        if self.partial_images and not self.stream:
+            raise invalid_field("partial_images", "needs stream", "0, or stream: true", self.partial_images)
+        if self.stream and self.response_format == "url":
+            raise invalid_field("response_format", "events have the pictures themselves", "b64_json with stream", self.response_format)
         width, height = (None, None) if self.size == "auto" else self.size.split("x")
         steps = min(max(1, round(entry.steps * _STEPS[_QUALITIES[self.quality]])), limits.num_inference_steps)
         own = {
@@ -142,7 +146,7 @@ class ModelList(BaseModel):
     data: list[ListedModel]
 
 
-_PICTURES = document.gives("The pictures.", {"application/json": ImagesResponse}, headers=answering.HEADERS) | document.refuses(*document.WORK)
+_PICTURES = document.gives("The pictures.", {"application/json": ImagesResponse, "text/event-stream": {"type": "string"}}, headers=answering.HEADERS) | document.refuses(*document.WORK)
 
 
 @router.post("/images/generations", responses=_PICTURES, openapi_extra=document.takes_json(ImagesRequest, **_EXTENSION_FIELDS))
@@ -182,13 +186,30 @@ async def model(id: str, request: Request) -> ListedModel:
 
 async def _answer(asked: ImagesRequest, wanted: GenerationRequest, inputs: Inputs | None, request: Request) -> Response:
     plan = await tasks.planned(wanted, inputs, request, _NAMES)
+    if asked.stream:
+        return await _streamed(asked, wanted, plan, "image_edit" if inputs else "image_generation", request)
     generation = await tasks.drawn(plan, request)
     assert generation.ran is not None
-    settings: Settings = request.app.state.settings
-    files = await asyncio.to_thread(answering.encode_all, generation, wanted.format, wanted.quality, settings.metadata.embed)
+    files = await _files(wanted, generation, request)
     data = [_data(file, seed, asked, request) for file, seed in zip(files, generation.seeds, strict=True)]
     content = ImagesResponse(created=int(time.time()), data=data, **_told(asked, generation))
     return JSONResponse(content.model_dump(exclude_none=True), headers=answering.describe(generation.ran, generation.seeds))
+
+
+async def _streamed(asked: ImagesRequest, wanted: GenerationRequest, plan: Plan, kind: openai_stream.Kind, request: Request) -> Response:
+    told = {"background": "opaque", "output_format": asked.output_format, "quality": _QUALITIES[asked.quality], "size": f"{plan.width}x{plan.height}"}
+
+    async def completed(generation: Generation) -> list[dict[str, Any]]:
+        files = await _files(wanted, generation, request)
+        said = told | {name: value.model_dump() if isinstance(value, Usage) else value for name, value in _told(asked, generation).items()}
+        return [{"b64_json": base64.b64encode(file).decode(), "seed": seed, **said} for file, seed in zip(files, generation.seeds, strict=True)]
+
+    return await openai_stream.streamed(plan, request, kind, asked.partial_images, wanted.format, told, completed)
+
+
+async def _files(wanted: GenerationRequest, generation: Generation, request: Request) -> list[bytes]:
+    settings: Settings = request.app.state.settings
+    return await asyncio.to_thread(answering.encode_all, generation, wanted.format, wanted.quality, settings.metadata.embed)
 
 
 def _data(file: bytes, seed: int, asked: ImagesRequest, request: Request) -> ImageData:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from core.links import Links
 from core.problems import Problem
-from tests.conftest import USER, Server
+from tests.conftest import USER, Server, wait_for
 from tests.test_http import jpeg
 from tests.test_images import saved
 
@@ -105,6 +105,45 @@ def test_an_edit_without_a_mask_takes_the_pictures_own_transparency_or_redraws_a
     assert kept.getextrema() == ((200, 200), (30, 30), (30, 30))
     answer = client.images.edit(image=("in.jpg", jpeg((64, 64))), prompt="red apple", extra_body={**FAST, "strength": 0.5})
     assert "Denoising strength: 0.5" in opened(answer.data[0].b64_json).info["parameters"]
+
+
+@http
+def test_a_stream_shows_the_picture_in_the_making_and_ends_with_the_pictures(client: openai.OpenAI) -> None:
+    events = list(client.images.generate(prompt="red apple", n=2, stream=True, partial_images=2, extra_body={"num_inference_steps": 150, "seed": 7}))
+    partial = [event for event in events if event.type == "image_generation.partial_image"]
+    done = [event for event in events if event.type == "image_generation.completed"]
+    assert events == [*partial, *done]
+    assert [event.partial_image_index for event in partial] in ([0], [0, 1])  # as many as there was time for
+    assert (opened(partial[0].b64_json).format, partial[0].size, partial[0].background) == ("PNG", "64x64", "opaque")
+    assert opened(partial[0].b64_json).convert("L").getextrema()[1] > 0
+    assert [event.seed for event in done] == [7, 8]
+    assert (done[0].output_format, done[0].quality, done[0].size) == ("png", "medium", "64x64")
+    assert done[0].usage.total_tokens == done[0].usage.input_tokens_details.text_tokens > 0
+    assert "Seed: 8" in opened(done[1].b64_json).info["parameters"]
+
+
+@http
+def test_a_stream_has_the_pictures_of_the_plain_answer(server: Server, client: openai.OpenAI) -> None:
+    plain = client.images.generate(prompt="star", n=2, extra_body=FAST)
+    events = list(client.images.generate(prompt="star", n=2, stream=True, extra_body=FAST))
+    assert [(event.type, event.b64_json) for event in events] == [("image_generation.completed", one.b64_json) for one in plain.data]
+    edited = list(client.images.edit(image=("in.jpg", jpeg((64, 64))), prompt="red apple", stream=True, output_format="webp", extra_body={**FAST, "strength": 0.5}))
+    assert [event.type for event in edited] == ["image_edit.completed"]
+    assert opened(edited[0].b64_json).format == "WEBP"
+
+
+@http
+def test_a_stream_is_refused_by_its_status_and_ends_when_its_client_goes(server: Server, client: openai.OpenAI) -> None:
+    for given, param in (({"partial_images": 1}, "partial_images"), ({"stream": True, "partial_images": 4}, "partial_images"), ({"stream": True, "response_format": "url"}, "response_format"), ({"stream": True, "n": 0}, "n")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.generate(prompt="x", **given)
+        assert caught.value.param == param
+    with pytest.raises(openai.InternalServerError):
+        client.images.generate(prompt="x", model="missing/model", stream=True)
+    with client.images.generate(prompt="x", n=10, stream=True, partial_images=3, extra_body={"num_inference_steps": 150}) as stream:
+        assert next(iter(stream)).type == "image_generation.partial_image"
+        assert server.get("/buffer_status").json()["queue"]["running"] == 1
+    wait_for(lambda: server.get("/buffer_status").json()["queue"]["running"] == 0, 5)
 
 
 @http
