@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Literal, TypeVar, cast
 
 import bentoml
+from bentoml.exceptions import BentoMLException
 from starlette.requests import Request
 
 from api import probing, quotas, routing
@@ -39,6 +40,14 @@ def attribute(worker: str) -> str:
     """The entry's dependency for a worker: stable_diffusion2 for StableDiffusion2."""
     name = runner_of(worker)
     return SERVICES[cast(Service, name)] + worker.removeprefix(name)
+
+
+def started() -> bool:
+    """Whether there are `workers` to ask for: BentoML makes the service known once all of its start hooks have run."""
+    try:
+        return bool(workers())
+    except BentoMLException:
+        return False
 
 
 def workers() -> dict[str, Runner]:

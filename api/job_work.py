@@ -64,6 +64,8 @@ class Work:
         await asyncio.to_thread(self.store.close)
 
     async def _claiming(self) -> None:
+        while not backend.started():
+            await asyncio.sleep(0.1)
         while not self.draining.active:
             with _logged():
                 room = self.store.settings.at_once - len(self._doing)
@@ -72,7 +74,8 @@ class Work:
                     task = self._doing[job.id] = asyncio.create_task(self._do(job))
                     task.add_done_callback(partial(self._done, job.id))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), POLL_S)
+                async with asyncio.timeout(POLL_S):  # wait_for would lose a cancel that comes with a wake
+                    await self._woken.wait()
             self._woken.clear()
 
     def _done(self, id: str, _: object) -> None:

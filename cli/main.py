@@ -75,7 +75,7 @@ def _drawing(command: Callable[..., Any]) -> Callable[..., Any]:
 @_output
 @_json
 @click.pass_obj
-def generate(server: Server, output: Path, as_json: bool, image: Path | None, mask: Path | None, files: tuple[str, ...], **values: Any) -> None:
+def generate(server: Server, /, output: Path, as_json: bool, image: Path | None, mask: Path | None, files: tuple[str, ...], **values: Any) -> None:
     """Draw pictures, and save them with their metadata. Ctrl+C cancels the work."""
     fields = _fields(values)
     folder, stem = output, saving.slug(values["prompt"])
@@ -94,7 +94,7 @@ def generate(server: Server, output: Path, as_json: bool, image: Path | None, ma
 @click.option("--seed", type=int)
 @_json
 @click.pass_obj
-def caption(server: Server, pictures: tuple[Path, ...], as_json: bool, **values: Any) -> None:
+def caption(server: Server, /, pictures: tuple[Path, ...], as_json: bool, **values: Any) -> None:
     """Say what pictures show."""
     job = _made(server, {"task": "caption", **_fields(values)}, [("image", path) for path in pictures])
     made = server.get(job["urls"]["result"])["captions"]
@@ -114,7 +114,7 @@ def loras() -> None:
 @loras.command("list")
 @_json
 @click.pass_obj
-def list_loras(server: Server, as_json: bool) -> None:
+def list_loras(server: Server, /, as_json: bool) -> None:
     """Every LoRA, with its trigger words."""
     listing = server.get("/get_available_loras")
     if as_json:
@@ -134,7 +134,7 @@ def list_loras(server: Server, as_json: bool) -> None:
 @click.option("--trigger-word", "trigger_words", multiple=True, help="May be repeated.")
 @_json
 @click.pass_obj
-def add_lora(server: Server, source: str, hub: bool, filename: str | None, trigger_words: tuple[str, ...], as_json: bool, **values: Any) -> None:
+def add_lora(server: Server, /, source: str, hub: bool, filename: str | None, trigger_words: tuple[str, ...], as_json: bool, **values: Any) -> None:
     """Add a LoRA: SOURCE is a .safetensors file here, a Civitai name, id, MODEL@VERSION or page, or with --hub a repository."""
     fields = _fields(values)
     path = Path(source)
@@ -153,7 +153,7 @@ def add_lora(server: Server, source: str, hub: bool, filename: str | None, trigg
 @click.argument("name")
 @_json
 @click.pass_obj
-def remove_lora(server: Server, name: str, as_json: bool) -> None:
+def remove_lora(server: Server, /, name: str, as_json: bool) -> None:
     """Remove a LoRA, and its weights where Easel downloaded them."""
     removed = server.call("POST", "/remove_lora", "admin", json={"name": name}).json()
     showing.as_json(removed) if as_json else showing.OUT.print(f"{removed['name']} is removed" + (", its file too." if removed["file_deleted"] else "; its file is left."))
@@ -169,7 +169,7 @@ def jobs() -> None:
 @click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
 @_json
 @click.pass_obj
-def list_jobs(server: Server, status: str | None, limit: int, as_json: bool) -> None:
+def list_jobs(server: Server, /, status: str | None, limit: int, as_json: bool) -> None:
     """The newest jobs."""
     found = server.get("/jobs", params=_fields({"status": status, "limit": limit}))
     showing.as_json(found) if as_json else showing.table(("id", "task", "status", "done", "created"), map(_row, found["jobs"]))
@@ -179,7 +179,7 @@ def list_jobs(server: Server, status: str | None, limit: int, as_json: bool) -> 
 @click.argument("id")
 @_json
 @click.pass_obj
-def show(server: Server, id: str, as_json: bool) -> None:
+def show(server: Server, /, id: str, as_json: bool) -> None:
     """How a job is."""
     _tell(server.get(f"/jobs/{id}"), as_json)
 
@@ -188,7 +188,7 @@ def show(server: Server, id: str, as_json: bool) -> None:
 @click.argument("id")
 @_json
 @click.pass_obj
-def cancel(server: Server, id: str, as_json: bool) -> None:
+def cancel(server: Server, /, id: str, as_json: bool) -> None:
     """Cancel a job."""
     _tell(server.call("DELETE", f"/jobs/{id}").json(), as_json)
 
@@ -198,7 +198,7 @@ def cancel(server: Server, id: str, as_json: bool) -> None:
 @_output
 @_json
 @click.pass_obj
-def result(server: Server, id: str, output: Path, as_json: bool) -> None:
+def result(server: Server, /, id: str, output: Path, as_json: bool) -> None:
     """Wait for a job, and save what it made. Ctrl+C leaves the job as it is."""
     job = server.done(_followed(server, server.get(f"/jobs/{id}")))
     named = output.suffix.lower() in saving.FORMATS
@@ -208,7 +208,7 @@ def result(server: Server, id: str, output: Path, as_json: bool) -> None:
 @main.command()
 @_json
 @click.pass_obj
-def status(server: Server, as_json: bool) -> None:
+def status(server: Server, /, as_json: bool) -> None:
     """The runners, their queues, and the models in their memory."""
     found = server.get("/buffer_status")
     if as_json:
@@ -232,7 +232,7 @@ def status(server: Server, as_json: bool) -> None:
 @_drawing
 @_json
 @click.pass_obj
-def bench(server: Server, requests: int, clients: int, as_json: bool, **values: Any) -> None:
+def bench(server: Server, /, requests: int, clients: int, as_json: bool, **values: Any) -> None:
     """Measure pictures a second and latencies; a first request, not counted, loads the model. Counts against the key's quotas."""
     with showing.bar(MofNCompleteColumn()) as progress:
         shown = progress.add_task("requests", total=requests)
