@@ -25,6 +25,7 @@ from core.problems import Problem
 from core.requests import ImageFormat
 
 POLL_S = 0.2
+_drawing: set[asyncio.Task[None]] = set()  # the loop itself holds its tasks weakly
 Kind = Literal["image_generation", "image_edit"]
 
 
@@ -68,6 +69,7 @@ async def streamed(plan: Plan, request: Request, kind: Kind, partial_images: int
 async def _made(plan: Plan, request: Request, partial_images: int) -> Any:
     """Previews of a plan's first picture, evenly over its steps as far as there is time to make them, and last what came of it."""
     items: asyncio.Queue[Pixels | Generation | Exception] = asyncio.Queue()
+    gone = asyncio.Event()
 
     async def follow(runner: Runner) -> None:
         seen, given = None, 0
@@ -81,11 +83,13 @@ async def _made(plan: Plan, request: Request, partial_images: int) -> Any:
 
     async def draw() -> None:
         try:
-            items.put_nowait(await tasks.drawn(plan, request, follow=follow))
+            items.put_nowait(await tasks.drawn(plan, request, gone=gone, follow=follow))
         except Exception as error:
             items.put_nowait(error)
 
     drawing = asyncio.create_task(draw())
+    _drawing.add(drawing)
+    drawing.add_done_callback(_drawing.discard)
     try:
         while True:
             item = await items.get()
@@ -95,7 +99,7 @@ async def _made(plan: Plan, request: Request, partial_images: int) -> Any:
             if isinstance(item, Generation):
                 return
     finally:
-        drawing.cancel()
+        gone.set()  # not a cancel, which would not reach the runner
 
 
 def _file(preview: Pixels, format: ImageFormat) -> bytes:
