@@ -35,13 +35,14 @@ _REFUSALS = {
     422: "What cannot be honoured, each field named.",
     429: "The queue is full, or the key has had what it may; see Retry-After.",
     499: "It was cancelled.",
+    500: "The work hung (queue.hang_timeout_s); its runner is started anew.",
     502: "What was asked elsewhere did not answer as it should.",
     503: "Not available now, and why.",
     504: "The deadline passed.",
     507: "Out of memory on the device, or of room on the disk.",
 }
 # What may stand in the way of work on a device, beside what holds for every POST.
-WORK = (404, 409, 503, 504, 507)
+WORK = (404, 409, 500, 503, 504, 507)
 
 
 def refuses(*statuses: int) -> Responses:

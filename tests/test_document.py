@@ -228,7 +228,10 @@ def answer(server: Server, call: Call, kind: str, last: dict[str, str]) -> reque
         last[call.path] = drawn["data"][0]["url"].rpartition("/")[2] if "data" in drawn else "none"
     names = {name: last.get("/jobs" if call.path.startswith("/jobs/") else call.path, value) if value == "the last" else value for name, value in call.names.items()}
     headers = {"X-API-Key": ADMIN, "Accept": kind, **call.more.get("headers", {})}
-    response = requests.request(call.method, server.url + call.path.format(**names), timeout=120, **{**call.more, "headers": headers})
+    more = call.more
+    if call.path.startswith("/v1/images/") and kind == "text/event-stream":  # which OpenAI's clients ask for in the body
+        more = {name: {**given, "stream": "true" if name == "data" else True} if name in ("json", "data") else given for name, given in more.items()}
+    response = requests.request(call.method, server.url + call.path.format(**names), timeout=120, **{**more, "headers": headers})
     if call.path == "/admin/loras/jobs" and response.ok:
         last["/admin/loras/jobs/{id}"] = response.json()[0]["id"]
     if call.path == "/jobs" and response.status_code == 202:
