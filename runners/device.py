@@ -77,7 +77,8 @@ class Device:
         """
         self.safety.load()
         try:
-            path = loading.fetch(entry, secrets().hf_token.get_secret_value())
+            path = loading.fetch(entry, secrets().hf_token.get_secret_value(), downloading=partial(self.residency.note, entry.id, "downloading"))
+            self.residency.fetched(entry.id)
             try:
                 weights.sha256(path, entry.model.variant)
             except OSError as error:

@@ -26,7 +26,7 @@ from core.plans import Plan
 from core.problems import Problem, unavailable
 from core.settings import ROOT
 from core.status import ResidentGuide
-from runners import control, ip_adapters, loading, weights
+from runners import control, hub, ip_adapters, loading, weights
 
 Spec = ControlNet | IpAdapter
 
@@ -211,7 +211,9 @@ def _local(spec: Spec, token: str | None) -> Path:
         name = f"diffusion_pytorch_model.{spec.variant}" if spec.variant else "diffusion_pytorch_model"
         patterns = ["config.json", f"{name}.safetensors", f"{name}-*.safetensors", f"{name}.safetensors.index.json"]
     try:
-        return Path(snapshot_download(source, revision=spec.revision, allow_patterns=patterns, token=token or None))
+        return hub.once(
+            (source, spec.revision, *patterns), lambda: Path(snapshot_download(source, revision=spec.revision, allow_patterns=patterns, token=token or None))
+        )
     except Exception as error:
         raise _explained(spec, error) from error
 

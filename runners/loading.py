@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ from core.families import Entry
 from core.model_settings import Family
 from core.problems import Problem, unavailable
 from core.settings import ROOT
-from runners import optimising, upscalers
+from runners import hub, optimising, upscalers
 from runners.unidiffuser import Pipeline
 
 Kind = Literal["txt2img", "img2img", "inpaint", "upscale"]
@@ -76,9 +76,12 @@ def device_for(setting: str | None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def fetch(entry: Entry, token: str | None, component: bool = False) -> Path:
-    """Make the model's files local; return the folder, or the single file. `component`: it is no pipeline, but a part
-    that is put beside one.
+def fetch(entry: Entry, token: str | None, component: bool = False, downloading: Callable[[], object] = lambda: None) -> Path:
+    """Make the model's files local; return the folder, or the single file.
+
+    Args:
+        component: it is no pipeline, but a part that is put beside one.
+        downloading: is called before the hub is asked.
 
     Raises:
         Problem: 503 that says what stands in the way: no such repository, gated, no network, disk full.
@@ -90,16 +93,18 @@ def fetch(entry: Entry, token: str | None, component: bool = False) -> Path:
                 return upscalers.file_in(path, entry) if entry.model.family == "upscaler" and path.is_dir() else path
     if entry.model.source and (source.startswith((".", "/", "~")) or source.endswith(".safetensors")):
         raise unavailable(f"The weights of {entry.id} are not at {source}. Put them there, or mend `source` in configuration.yaml.", slug="model-missing")
-    try:
+
+    def download() -> Path:
+        downloading()
+        named: dict[str, Any] = {"revision": entry.model.revision, "token": token or None}
         if entry.model.family == "upscaler":
             return upscalers.fetch(entry, token)
         if component:
-            return Path(snapshot_download(source, revision=entry.model.revision, token=token or None, allow_patterns=["config.json", "*.safetensors"]))
-        return Path(
-            _base(entry).download(
-                source, revision=entry.model.revision, variant=entry.model.variant, token=token or None, use_safetensors=True
-            )
-        )
+            return Path(snapshot_download(source, allow_patterns=["config.json", "*.safetensors"], **named))
+        return Path(_base(entry).download(source, variant=entry.model.variant, use_safetensors=True, **named))
+
+    try:
+        return hub.once((source, entry.model.family, entry.model.revision, entry.model.variant, component), download)
     except Exception as error:
         raise explain(entry, error) from error
 

@@ -222,6 +222,12 @@ class Residency:
         with self._lock:
             self._states[model_id] = (state, error)
 
+    def fetched(self, model_id: str) -> None:
+        """A download has ended."""
+        with self._lock:
+            if self._states.get(model_id) == ("downloading", None):
+                del self._states[model_id]
+
     def snapshot(self, entries: list[Entry]) -> list[ResidentModel]:
         """Every listed model, and every unlisted one in memory, as /buffer_status shows it."""
         now = time.monotonic()

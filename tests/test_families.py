@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 
 from api import reading
 from core import schedulers
@@ -58,6 +58,24 @@ def test_text_and_picture_to_picture(device: Device, model: str) -> None:
     redrawn = draw(device, model, PICTURE, **half)
     assert redrawn.ran.steps_run == planned(device, model, PICTURE, **half).steps == (3 if model == "flux" else 2)
     assert draw(device, model, PICTURE, **half).pictures == redrawn.pictures
+
+
+def test_the_hub_is_asked_once_and_not_at_every_request(device: Device, miniatures: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking takes a while, even where nothing is to be downloaded."""
+    entry = Entry(Model(id="someone/model", family="sd15"), FAMILIES["sd15"])
+    folder, asked = tmp_path / "cached", []
+
+    def download(*_: object, **__: object) -> str:
+        asked.append([m.state for m in device.residency.snapshot([entry]) if m.model_id == entry.id])
+        return str(shutil.copytree(miniatures["sd15"], folder))
+
+    monkeypatch.setattr(StableDiffusionPipeline, "download", download)
+    assert [device.fetch(entry) for _ in range(3)] == [folder] * 3
+    assert asked == [["downloading"]]
+    assert [m.state for m in device.residency.snapshot([entry]) if m.model_id == entry.id] == ["cold"]
+    shutil.rmtree(folder)
+    assert device.fetch(entry) == folder
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("model", SMALL)
