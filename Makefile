@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Debian's packages for tests, which skip what is missing: promtool
 SYSTEM := prometheus chromium chromium-driver postgresql
 
-.PHONY: help serve test fuzz soak system lint lock keys bench bento container prove-container clean
+.PHONY: help serve test fuzz soak system lint lock sbom audit keys bench bento container prove-container clean
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
 
@@ -52,6 +52,13 @@ lock: .venv/python.stamp  ## resolve pyproject.toml anew into requirements.lock 
 	.venv/lock/bin/pip install -q --group dev -c requirements.lock
 	.venv/lock/bin/pip freeze --exclude easel | sed 's/+cpu//' | grep -vxFf requirements.lock > requirements-dev.lock
 	rm -rf .venv/lock build easel.egg-info
+	$(MAKE) sbom
+
+sbom: .venv/parts.stamp  ## write the Bento's bill of materials (CycloneDX) from requirements.lock
+	.venv/parts/bin/cyclonedx-py requirements requirements.lock --output-reproducible --of JSON -o sbom.cdx.json
+
+audit: .venv/parts.stamp  ## look for advisories on what is pinned; asks pypi.org
+	.venv/parts/bin/pip-audit --no-deps --disable-pip -r requirements.lock -r requirements-upscale.lock
 
 clean:  ## remove the virtual environment, and those of the benchmark
 	rm -rf .venv bench/.cache
@@ -59,6 +66,9 @@ clean:  ## remove the virtual environment, and those of the benchmark
 .venv/python.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Easel needs Python 3.11 or later; set PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv && touch $@
+
+.venv/parts.stamp: .venv/python.stamp
+	$(PYTHON) -m venv .venv/parts && .venv/parts/bin/pip install -q --disable-pip-version-check cyclonedx-bom==7.5.0 pip-audit==2.10.1 && touch $@
 
 .venv/serve.stamp: .venv/python.stamp requirements.lock requirements-upscale.lock
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.lock

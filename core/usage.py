@@ -120,7 +120,7 @@ class Ledger:
         columns = [_COLUMNS[group] for group in groups]
         join = " LEFT JOIN usage_loras l ON l.usage = u.id" if "lora" in groups else ""
         query = (
-            f"SELECT {''.join(c + ', ' for c in columns)}COUNT(*), COALESCE(SUM(u.pictures), 0), COALESCE(SUM(u.pictures * u.steps), 0), COALESCE(SUM(u.flagged), 0)"
+            f"SELECT {''.join(c + ', ' for c in columns)}COUNT(*), COALESCE(SUM(u.pictures), 0), COALESCE(SUM(u.pictures * u.steps), 0), COALESCE(SUM(u.flagged), 0)"  # noqa: S608  # columns are of a fixed list
             f" FROM usage u{join} WHERE u.at >= ? AND u.at < ?"
             + (f" GROUP BY {', '.join(columns)} ORDER BY SUM(u.pictures) DESC, {', '.join(columns)}" if columns else "")
         )

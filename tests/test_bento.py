@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -45,11 +46,18 @@ def test_it_has_nothing_else(bento: Path) -> None:
     src = bento / "src"
     assert {p.name for p in src.iterdir()} <= {
         "api", "core", "runners", "starter", "studio", "wildcards",
-        "service.py", "configuration.yaml", "lora_list.json", "styles.csv", "LICENSE", "README.md", "bentofile.yaml",
+        "service.py", "configuration.yaml", "lora_list.json", "styles.csv", "LICENSE", "README.md", "bentofile.yaml", "sbom.cdx.json",
     }  # fmt: skip
     assert not [name for name in STRAYS if (src / name).exists()]
     assert not [p for p in src.rglob("*") if p.name in (".git", ".cache", "__pycache__")]
     assert not list((src / "starter").glob("*.py"))
+
+
+def test_its_bill_of_materials_lists_what_is_pinned(bento: Path) -> None:
+    listed = json.loads((bento / "src/sbom.cdx.json").read_text())
+    assert listed["bomFormat"] == "CycloneDX"
+    pinned = [line for line in (ROOT / "requirements.lock").read_text().split() if "==" in line]
+    assert sorted(f"{part['name']}=={part['version']}" for part in listed["components"]) == sorted(pinned)
 
 
 def test_its_packages_are_pinned_and_it_says_what_it_is(bento: Path) -> None:
