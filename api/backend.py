@@ -22,7 +22,7 @@ from core import logs, settings, trials
 from core.generation import Generation
 from core.placement import MAX_WORKERS, runner_of
 from core.plans import Plan
-from core.problems import Problem, cancelled, problem, unavailable
+from core.problems import GONE, Problem, cancelled, problem, runner_gone
 from core.status import RunnerStatus
 
 log = logging.getLogger("easel.api")
@@ -33,7 +33,6 @@ Follow = Callable[[Runner], Awaitable[None]]
 SERVICES: dict[Service, str] = {"StableDiffusion": "stable_diffusion", "UniDiffuser": "unidiffuser"}
 ANSWER_S = 3.0
 ATTEMPTS = 2
-GONE = "runner-gone"
 
 
 def attribute(worker: str) -> str:
@@ -175,7 +174,7 @@ async def _watched(worker: str, target: Runner, plan: Plan, gone: asyncio.Future
         if gone.done():
             await _answer(lambda: target.cancel(plan.id))
             raise cancelled()
-        raise _gone()
+        raise runner_gone()
     finally:
         if not work.done():
             work.cancel()
@@ -232,7 +231,7 @@ async def _answer(call: Callable[[], Awaitable[T]]) -> T:
         try:
             return await asyncio.wait_for(_reach(call()), ANSWER_S)
         except TimeoutError:
-            raise _gone() from None
+            raise runner_gone() from None
         except Problem:
             if attempt + 1 == ATTEMPTS:
                 raise
@@ -245,8 +244,4 @@ async def _reach(call: Awaitable[T]) -> T:
     except (Problem, TimeoutError, asyncio.CancelledError):
         raise
     except Exception as error:
-        raise _gone() from error
-
-
-def _gone() -> Problem:
-    return unavailable("The runner is not answering; it is being restarted.", retry_after=10, slug=GONE)
+        raise runner_gone() from error

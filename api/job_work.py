@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import logging
 import time
 from collections.abc import Callable
@@ -37,7 +36,7 @@ CLOSE_S = 5.0  # what webhooks on their way get when the process ends
 _PUT_AGAIN_S = (0.5, 1.0, 2.0, 4.0)  # between tries of a change that the store does not take
 FOLLOW_S = 0.5  # how often a runner is asked how a job of its is
 # Problems that end an attempt, not the job: its runner died or shuts down (that counts), or has no room for it now.
-_GONE, _FULL = ("runner-gone", "draining", "unavailable"), ("queue-full",)
+_GONE, _FULL = (problems.GONE, "draining", "unavailable"), ("queue-full",)
 
 
 class Work:
@@ -185,7 +184,7 @@ class Work:
                     values |= {"step": now.progress.steps_done, "steps": now.progress.steps}
                 if now.preview and now.preview_step != seen:
                     seen = now.preview_step
-                    values |= {"preview": await asyncio.to_thread(_jpeg, now.preview), "preview_step": seen}
+                    values |= {"preview": await asyncio.to_thread(images.encode, now.preview, "jpeg", 80), "preview_step": seen}
                 changed = {k: v for k, v in values.items() if k not in told or told[k] != v}
                 if changed:
                     after = await asyncio.to_thread(partial(self.store.tell, id, **changed))
@@ -209,12 +208,6 @@ def _outputs(task: Task[Any, Any], wanted: Any, generation: Generation, accept: 
         kind = images.MEDIA_TYPES[wanted.format]
         return [[kind, seed] for seed in generation.seeds]
     return [[task.negotiate(wanted, accept), generation.seeds[0] if generation.seeds else None]]
-
-
-def _jpeg(preview: Any) -> bytes:
-    out = io.BytesIO()
-    images.to_pil(preview).save(out, "JPEG", quality=80)
-    return out.getvalue()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import io
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,6 +24,7 @@ from core.problems import Problem
 from core.requests import ImageFormat
 
 POLL_S = 0.2
+PREVIEW_QUALITY = 80  # of jpeg and webp
 _drawing: set[asyncio.Task[None]] = set()  # the loop itself holds its tasks weakly
 Kind = Literal["image_generation", "image_edit"]
 
@@ -53,7 +53,7 @@ async def streamed(plan: Plan, request: Request, kind: Kind, partial_images: int
         index, item = 0, first
         try:
             while not isinstance(item, Generation):
-                file = await asyncio.to_thread(_file, item, format)
+                file = await asyncio.to_thread(images.encode, item, format, PREVIEW_QUALITY)
                 yield _event(f"{kind}.partial_image", b64_json=base64.b64encode(file).decode(), partial_image_index=index, created_at=int(time.time()), **told)
                 index, item = index + 1, await anext(made)
             for picture in await completed(item):
@@ -100,12 +100,6 @@ async def _made(plan: Plan, request: Request, partial_images: int) -> Any:
                 return
     finally:
         gone.set()  # not a cancel, which would not reach the runner
-
-
-def _file(preview: Pixels, format: ImageFormat) -> bytes:
-    out = io.BytesIO()
-    images.to_pil(preview).save(out, format.upper())
-    return out.getvalue()
 
 
 def _event(kind: str, **values: Any) -> bytes:

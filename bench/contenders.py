@@ -235,10 +235,7 @@ def started(models: Path, only: set[str] | None = None) -> Iterator[Started]:
         return HfServe({model: start(Server(lambda port, f=folder: [*command, "--model-dir", f, "--port", str(port)], "/health")) for model, folder in folders.items()})
 
     with contextlib.ExitStack() as stack:
-
-        def start(server: Server) -> Server:
-            return stack.enter_context(server)
-
+        start = stack.enter_context
         loop = stack.enter_context(contextlib.closing(RawLoop(str(PEERS / "raw.py"), {}, env)))
         here = Started([Raw(loop)], {})
         here.running.append(Easel(start(Server(env=configured(models, folders[MINIATURE])))))

@@ -10,13 +10,14 @@ from typing import Any
 
 import httpx
 
-from cli.server import Refused, checked, headers, unreachable
+from cli.server import Refused, checked, unreachable
 
 
-def run(url: str, values: dict[str, Any], requests: int, clients: int, told: Callable[[], None]) -> dict[str, Any]:
+def run(url: str, key: dict[str, str], values: dict[str, Any], requests: int, clients: int, told: Callable[[], None]) -> dict[str, Any]:
     """Send POST /post_config that many times, each with a seed of its own, since a server computes equal ones once.
 
     Args:
+        key: the headers that show it.
         values: the request's fields; `seed` is that of the first.
         told: called after each.
 
@@ -26,16 +27,16 @@ def run(url: str, values: dict[str, Any], requests: int, clients: int, told: Cal
     Raises:
         Refused: where the first request, which loads the model and is not counted, fails.
     """
-    return asyncio.run(_run(url, values, requests, clients, told))
+    return asyncio.run(_run(url, key, values, requests, clients, told))
 
 
-async def _run(url: str, values: dict[str, Any], requests: int, clients: int, told: Callable[[], None]) -> dict[str, Any]:
+async def _run(url: str, key: dict[str, str], values: dict[str, Any], requests: int, clients: int, told: Callable[[], None]) -> dict[str, Any]:
     first, seeds = int(values.get("seed") or 0), iter(range(1, requests + 1))
     latencies: list[float] = []
     refused: Counter[str] = Counter()
     pictures = 0
 
-    async with httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers("user"), timeout=httpx.Timeout(None, connect=10), limits=httpx.Limits(max_connections=clients)) as http:
+    async with httpx.AsyncClient(base_url=url, headers=key, timeout=httpx.Timeout(None, connect=10), limits=httpx.Limits(max_connections=clients)) as http:
 
         async def draw(seed: int) -> int:
             answer = checked(await http.post("/post_config", data={**values, "seed": seed}))

@@ -78,14 +78,12 @@ def _drawing(command: Callable[..., Any]) -> Callable[..., Any]:
 def generate(server: Server, /, output: Path, as_json: bool, image: Path | None, mask: Path | None, files: tuple[str, ...], **values: Any) -> None:
     """Draw pictures, and save them with their metadata. Ctrl+C cancels the work."""
     fields = _fields(values)
-    folder, stem = output, saving.slug(values["prompt"])
-    if output.suffix.lower() in saving.FORMATS:
-        folder, stem = output.parent, output.stem
-        fields.setdefault("format", saving.FORMATS[output.suffix.lower()])
+    if format := saving.FORMATS.get(output.suffix.lower()):
+        fields.setdefault("format", format)
     named = [(name, Path(path)) for name, path in _pairs(files, "--file")]
     sent = [(name, path) for name, path in (("image", image), ("mask", mask), *named) if path]
     job = _made(server, fields, sent)
-    _save(server, job, folder, [stem if output.suffix.lower() in saving.FORMATS else f"{stem}-{o['seed']}" for o in job["outputs"]], as_json)
+    _save(server, job, output, [f"{saving.slug(values['prompt'])}-{o['seed']}" for o in job["outputs"]], as_json)
 
 
 @main.command()
@@ -201,8 +199,7 @@ def cancel(server: Server, /, id: str, as_json: bool) -> None:
 def result(server: Server, /, id: str, output: Path, as_json: bool) -> None:
     """Wait for a job, and save what it made. Ctrl+C leaves the job as it is."""
     job = server.done(_followed(server, server.get(f"/jobs/{id}")))
-    named = output.suffix.lower() in saving.FORMATS
-    _save(server, job, output.parent if named else output, [output.stem if named else f"{id}-{o['index']}" for o in job["outputs"]], as_json)
+    _save(server, job, output, [f"{id}-{o['index']}" for o in job["outputs"]], as_json)
 
 
 @main.command()
@@ -236,7 +233,7 @@ def bench(server: Server, /, requests: int, clients: int, as_json: bool, **value
     """Measure pictures a second and latencies; a first request, not counted, loads the model. Counts against the key's quotas."""
     with showing.bar(MofNCompleteColumn()) as progress:
         shown = progress.add_task("requests", total=requests)
-        measured = measuring.run(server.url, _fields(values), requests, clients, lambda: progress.advance(shown))
+        measured = measuring.run(server.url, server.headers("user"), _fields(values), requests, clients, lambda: progress.advance(shown))
     if as_json:
         showing.as_json(measured)
     else:
@@ -299,11 +296,15 @@ def _downloaded(server: Server, adding: Json) -> Json:
     return dict(adding["result"])
 
 
-def _save(server: Server, job: Json, folder: Path, stems: list[str], as_json: bool) -> None:
-    """Write what a job made, each thing as the server sends it, and print the paths; what the server notes goes to stderr."""
+def _save(server: Server, job: Json, output: Path, stems: list[str], as_json: bool) -> None:
+    """Write what a job made, each thing as the server sends it, and print the paths; what the server notes goes to stderr.
+    `output` is a picture's file, or the folder for files of the names `stems`."""
+    folder = output
+    if output.suffix.lower() in saving.FORMATS:
+        folder, stems = output.parent, [output.stem] * len(stems)
     paths, notes = [], dict[str, None]()
-    for output, stem in zip(job["outputs"], stems, strict=True):
-        answer = server.call("GET", output["url"])
+    for made, stem in zip(job["outputs"], stems, strict=True):
+        answer = server.call("GET", made["url"])
         kind = answer.headers["content-type"].split(";")[0]
         paths.append(saving.save(folder, stem, saving.SUFFIXES.get(kind, ".bin"), answer.content))
         notes |= dict.fromkeys(filter(None, answer.headers.get("x-easel-notes", "").split("; ")))

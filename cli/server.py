@@ -35,18 +35,17 @@ def keys() -> dict[str, str]:
     return {"user": user or admin, "admin": admin or user}
 
 
-def headers(role: str) -> dict[str, str]:
-    """What shows the key of a role, where there is one."""
-    key = keys()[role]
-    return {"X-API-Key": key} if key else {}
-
-
 class Server:
     """A server at `url`."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        self.url, self._keys = url.rstrip("/"), keys()
         self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT)
+
+    def headers(self, role: str) -> dict[str, str]:
+        """What shows the key of a role, where there is one."""
+        key = self._keys[role]
+        return {"X-API-Key": key} if key else {}
 
     def call(self, method: str, path: str, role: str = "user", **sent: Any) -> httpx.Response:
         """A call that must succeed.
@@ -55,7 +54,7 @@ class Server:
             Refused: where it does not.
         """
         try:
-            answer = self._http.request(method, path, headers=headers(role) | sent.pop("headers", {}), **sent)
+            answer = self._http.request(method, path, headers=self.headers(role) | sent.pop("headers", {}), **sent)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise unreachable(self.url, error) from error
         return checked(answer)
@@ -72,7 +71,7 @@ class Server:
         heard, failures = "", 0
         while job["status"] in ACTIVE:
             try:
-                with connect_sse(self._http, "GET", job["urls"]["events"], headers=headers("user") | ({"Last-Event-ID": heard} if heard else {})) as source:
+                with connect_sse(self._http, "GET", job["urls"]["events"], headers=self.headers("user") | ({"Last-Event-ID": heard} if heard else {})) as source:
                     if source.response.is_error:
                         source.response.read()
                         checked(source.response)
@@ -105,9 +104,10 @@ def checked(answer: httpx.Response) -> httpx.Response:
         return answer
     try:
         problem = answer.json()
-        assert isinstance(problem, dict)
-    except (ValueError, AssertionError):
-        raise Refused(f"{answer.status_code} {answer.reason_phrase} from {answer.url.copy_with(query=None)}: not a server of Easel's?") from None
+    except ValueError:
+        problem = None
+    if not isinstance(problem, dict):
+        raise Refused(f"{answer.status_code} {answer.reason_phrase} from {answer.url.copy_with(query=None)}: not a server of Easel's?")
     after = answer.headers.get("retry-after")
     raise Refused(line(problem) + (f" Again in {after} s." if after else ""), {"status": answer.status_code, **problem})
 

@@ -8,7 +8,6 @@ schema version: an earlier one's is brought to this, a later one's refused. An S
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import fields
@@ -44,6 +43,7 @@ from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 from ulid import ULID
 
+from core import corrupt
 from core.generation import Generation
 from core.jobs import ACTIVE, Job, Status, pack, unpack_generation, unpack_plan
 from core.model_settings import Queue
@@ -117,8 +117,9 @@ class Store:
         try:
             _make(self._engine)
         except DatabaseError as error:
-            if _corrupt(error):
-                _move_aside(self._engine)
+            if (file := _file(self._engine)) and corrupt.is_corrupt(error.orig):
+                self._engine.dispose()
+                log.error("the store of jobs %s is corrupt; it is now %s, and a new one begins", file, corrupt.move_aside(file))
             elif not isinstance(error, (IntegrityError, OperationalError, ProgrammingError)):
                 raise
             _make(self._engine)  # another process was making it at the same time
@@ -360,21 +361,6 @@ def _make(engine: Engine) -> None:
         for statement in _ADDED[connection.execute(select(_SCHEMA.c.version)).scalar_one() - 1 :]:
             connection.execute(text(statement))
         connection.execute(update(_SCHEMA).values(version=1 + len(_ADDED)))
-
-
-def _corrupt(error: DatabaseError) -> bool:
-    return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-def _move_aside(engine: Engine) -> None:
-    file = _file(engine)
-    assert file is not None
-    engine.dispose()
-    aside = file.with_name(f"{file.name}.corrupt-{ULID()}")
-    log.error("the store of jobs %s is corrupt; it is now %s, and a new one begins", file, aside)
-    for end in ("-wal", "-shm", ""):
-        if (part := file.with_name(file.name + end)).exists():
-            part.rename(aside.with_name(aside.name + end))
 
 
 def _pragmas(connection: Any, _: object) -> None:

@@ -78,7 +78,7 @@ class Assigned(BaseModel):
 
 def steps_run(steps: int, strength: float, flow: bool) -> int:
     """How many of a schedule of `steps` img2img runs at `strength`: diffusers rounds them up for flow models (Flux), down for the others."""
-    return steps - int(max(steps - min(steps * strength, steps), 0)) if flow else min(int(steps * strength), steps)
+    return steps - int(steps - steps * strength) if flow else int(steps * strength)
 
 
 class Hires(BaseModel):

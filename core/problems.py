@@ -135,5 +135,13 @@ def deadline_passed(seconds: float) -> Problem:
     )
 
 
+GONE = "runner-gone"
+
+
+def runner_gone() -> Problem:
+    """503 for work whose runner died."""
+    return unavailable("The runner is not answering; it is being restarted.", retry_after=10, slug=GONE)
+
+
 def unavailable(detail: str, retry_after: int | None = None, slug: str = "unavailable") -> Problem:
     return problem(503, slug, "Service unavailable", detail, retry_after=retry_after)

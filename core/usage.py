@@ -14,12 +14,13 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from core import corrupt
 from core.generation import Generation
 from core.plans import Plan
 from core.versions import LaterVersion
@@ -148,9 +149,9 @@ class Ledger:
                 return work(self._open())
             except sqlite3.DatabaseError as error:
                 self._close()
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                if not corrupt.is_corrupt(error):
                     raise
-                self._move_aside(error)
+                log.error("the usage log %s is corrupt (%s); it is now %s, and a new one begins", self.path, error, corrupt.move_aside(self.path))
                 return work(self._open())
 
     def _open(self) -> sqlite3.Connection:
@@ -172,20 +173,6 @@ class Ledger:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.close()
             self._connection = None
-
-    def _move_aside(self, error: sqlite3.DatabaseError) -> None:
-        aside = next(p for p in self._names_aside() if not p.exists())
-        log.error("the usage log %s is corrupt (%s); it is now %s, and a new one begins", self.path, error, aside)
-        self.path.rename(aside)
-        for end in ("-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                self.path.with_name(self.path.name + end).rename(aside.with_name(aside.name + end))
-
-    def _names_aside(self) -> Iterator[Path]:
-        stamp, number = time.strftime("%Y%m%dT%H%M%S"), 0
-        while True:
-            yield self.path.with_name(f"{self.path.name}.corrupt-{stamp}-{number}")
-            number += 1
 
 
 def _upgrade(connection: sqlite3.Connection) -> None:

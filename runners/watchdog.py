@@ -11,7 +11,7 @@ import faulthandler
 import logging
 import os
 
-from core.problems import problem, unavailable
+from core.problems import problem, runner_gone
 from runners.queue import DeviceQueue
 
 log = logging.getLogger("easel.runner")
@@ -29,6 +29,6 @@ async def watch(queue: DeviceQueue, hang_timeout_s: float) -> None:
     log.critical("the device's work came to no step for %g s; this process ends", hang_timeout_s)
     faulthandler.dump_traceback()
     detail = f"The work made no progress for {hang_timeout_s:g} s (queue.hang_timeout_s); the runner is being restarted. The server's log has where it hung."
-    queue.abandon(problem(500, "hung", "Hung", detail), unavailable("The runner is not answering; it is being restarted.", retry_after=10, slug="runner-gone"))
+    queue.abandon(problem(500, "hung", "Hung", detail), runner_gone())
     await asyncio.sleep(TELL_S)
     os._exit(STATUS)
