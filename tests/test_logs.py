@@ -33,7 +33,7 @@ def test_a_requests_lines_have_its_id_in_the_entry_and_in_the_runner(server: Ser
     answer = server.post("/post_config", params={"prompt": "red apple", "num_inference_steps": 3, "count_returned": 2}, headers={"X-Request-ID": "from-the-proxy-1"})
     assert picture(answer)
     assert answer.headers["x-request-id"] == "from-the-proxy-1"
-    wait_for(lambda: bool(lines(server, message="answered", request_id="from-the-proxy-1")), 5)
+    wait_for(lambda: bool(lines(server, message="answered", request_id="from-the-proxy-1")), 20)
     (entry,) = lines(server, message="answered", request_id="from-the-proxy-1")
     assert {name: entry[name] for name in ("level", "service", "method", "route", "status", "model", "task")} == {
         "level": "INFO", "service": "ImageGeneration", "method": "POST", "route": "/post_config", "status": 200, "model": "starter/stable-diffusion", "task": "generate",
@@ -52,7 +52,7 @@ def test_what_fails_is_told_by_its_kind(server: Server) -> None:
     answer = server.post("/post_config", params={"prompt": "x", "num_inference_steps": 150, "count_returned": 16, "deadline_s": 0.1})
     problem(answer, 504)
     id = answer.headers["x-request-id"]
-    wait_for(lambda: bool(lines(server, message="failed", request_id=id)), 20)
+    wait_for(lambda: bool(lines(server, message="failed", request_id=id) and lines(server, message="answered", request_id=id)), 20)
     assert lines(server, message="failed", request_id=id)[0]["problem"] == "deadline-passed"
     assert lines(server, message="answered", request_id=id)[0]["status"] == 504
 
