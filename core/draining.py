@@ -1,15 +1,19 @@
-"""Orderly shutdown: on SIGTERM, finish what is in hand before the server stops listening.
+"""Orderly shutdown: on SIGTERM, or when the server's first process has died, finish what is in hand before this one stops listening.
 
 uvicorn stops answering at once, and BentoML stops the entry and its runners together, so a
 picture in the making would be lost between them. This holds the signal back: new work is refused
 with 503, readiness turns false, and the server's own handler runs once nothing is in hand or the
 grace time is over.
+
+BentoML's workers outlive the process that started them where that is killed (by the kernel, for want of memory, say), and
+would keep the device's memory for good.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -18,6 +22,7 @@ from types import FrameType
 from core.problems import Problem, unavailable
 
 log = logging.getLogger("easel.draining")
+PARENT_EVERY_S = 1.0
 
 
 class Draining:
@@ -35,12 +40,13 @@ class Draining:
         self.in_hand = 0
 
     def install(self) -> None:
-        """Put this before the handlers of SIGTERM and SIGINT; call it on the running event loop."""
+        """Put this before the handlers of SIGTERM and SIGINT, and end with the parent process; call it on the running event loop."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             before = signal.getsignal(number)
             if callable(before):
                 signal.signal(number, self._handler(loop, before))
+        self._following = loop.create_task(_end_with(os.getppid()))
 
     def refuse(self) -> Problem:
         return unavailable("The service is shutting down.", retry_after=10, slug="draining")
@@ -66,3 +72,10 @@ class Draining:
                 break
             await asyncio.sleep(0.05)
         before(number, None)
+
+
+async def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        await asyncio.sleep(PARENT_EVERY_S)
+    log.error("the process that started this one has died, so this one ends")
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -50,6 +50,19 @@ def test_sigterm_delivers_the_picture_and_refuses_more(tmp_path: Path) -> None:
         assert server.process.wait(30) == 0
 
 
+def test_a_killed_server_leaves_no_process_behind(tmp_path: Path) -> None:
+    with serving(tmp_path, ONE_MODEL) as server:
+        workers = psutil.Process(server.process.pid).children(recursive=True)
+        thread, answers = in_background(server)
+        server.process.kill()
+        thread.join(110)
+        assert picture(answers[0]).size == (128, 64)
+        _, alive = psutil.wait_procs(workers, timeout=30)
+        for worker in alive:
+            worker.kill()
+        assert not alive
+
+
 def test_a_killed_runner_is_a_503_and_comes_back_and_the_other_works_on(tmp_path: Path, miniatures: dict[str, Path]) -> None:
     with serving(tmp_path, {**ONE_MODEL, "unidiffuser": unidiffuser(miniatures)}) as server:
         thread, answers = in_background(server)
