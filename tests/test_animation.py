@@ -84,13 +84,13 @@ def test_the_motion_adapter_acts_and_the_model_is_as_it_was_without_it(device: D
     request = reading.parse({"prompt": "a cat", "seed": 1, "num_inference_steps": 2, "width": 128, "height": 128, "scheduler": "Euler"})
     path = device.fetch(device.catalogue.find("sd15"))
     after = device.submit(device.catalogue.plan(request, None, "test"), path).result(60).pictures
-    device.unload(None).result(30)
+    device.unload(None).result(90)
     assert device.submit(device.catalogue.plan(request, None, "test"), path).result(60).pictures == after
 
 
 def test_an_adapter_takes_its_own_bytes_alone_and_goes_with_its_model(device: Device) -> None:
     entry = device.catalogue.find("sd15")
-    device.unload(None).result(30)
+    device.unload(None).result(90)
     resident = device.residency.acquire(entry, device.fetch(entry), torch.float32)
     before = resident.bytes
     draw(device)
@@ -108,7 +108,7 @@ def test_an_adapter_takes_its_own_bytes_alone_and_goes_with_its_model(device: De
     with torch.no_grad():
         ours = resident.motion.pipeline.unet(noise, 5, encoder_hidden_states=text).sample
         assert torch.equal(ours, copied.eval()(noise, 5, encoder_hidden_states=text).sample)
-    assert device.unload(None).result(30) == 1
+    assert device.unload(None).result(90) == 1
     assert device.residency.resident_bytes == 0
 
 
@@ -117,7 +117,7 @@ def test_a_lora_acts_on_an_animation_and_leaves_it(device: Device) -> None:
     for unloaded in (False, True):
         plain = draw(device).pictures
         if unloaded:
-            device.unload(None).result(30)
+            device.unload(None).result(90)
         with_lora = draw(device, lora="free:0.8")
         assert with_lora.ran.loras[0].layers > 0
         assert with_lora.ran.loras[0].unmatched == 0

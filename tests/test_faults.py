@@ -93,16 +93,16 @@ def test_a_process_that_hangs_ends_even_where_nothing_else_in_it_can_run(how: st
 def test_work_that_comes_to_steps_does_not_stall_nor_does_what_waits() -> None:
     queue, go = DeviceQueue(lambda: None, 4, 4), threading.Event()
     assert queue.stalled_s == 0
-    job = DeviceJob("steps", "k", lambda job: go.wait(10), 60, submitted=time.monotonic() - 30)
+    job = DeviceJob("steps", "k", lambda job: go.wait(60), 60, submitted=time.monotonic() - 30)
     future = queue.submit(job)
     while not job.started:
         time.sleep(0.01)
     time.sleep(0.1)
     assert 0.1 <= queue.stalled_s < 5  # counted from its start, not from its coming
     job.check()
-    assert queue.stalled_s < 0.1
+    assert queue.stalled_s < 1
     go.set()
-    future.result(5)
+    future.result(60)
     queue.close()
 
 
@@ -195,7 +195,7 @@ def test_a_clock_that_jumps_ends_no_work_and_takes_no_job_away(jump_s: float, tm
     queue, go, store = DeviceQueue(lambda: None, 4, 4), threading.Event(), Store(Jobs(store=f"sqlite:///{tmp_path}/jobs.sqlite3"))
 
     def work(job: DeviceJob[str]) -> str:
-        assert go.wait(10)
+        assert go.wait(60)
         job.check()
         return "drawn"
 
@@ -207,7 +207,7 @@ def test_a_clock_that_jumps_ends_no_work_and_takes_no_job_away(jump_s: float, tm
     monkeypatch.setattr(time, "time", lambda: real() + jump_s)
     assert queue.stalled_s < 60
     go.set()
-    assert future.result(10) == "drawn"
+    assert future.result(60) == "drawn"
     store.beat([taken.id])  # as api.job_work does before each sweep
     assert store.sweep() == []
     assert store.mine(taken.id) is not None

@@ -88,7 +88,7 @@ def test_a_job_of_an_entry_that_is_killed_finishes_at_the_other(postgres: str, t
         assert picture(first.get(waiting["urls"]["result"])).size == (64, 64)
         assert second.get(busy["urls"]["self"]).json()["status"] == "running"
         os.killpg(first.process.pid, signal.SIGKILL)
-        first.process.wait(30)
+        first.process.wait(90)
         done = over(second, busy)
         assert (done["status"], len(done["outputs"])) == ("succeeded", 4)
         assert second.get("/jobs?status=queued").json()["jobs"] == []

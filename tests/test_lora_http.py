@@ -107,14 +107,14 @@ def test_changing_needs_an_admin_key(place: Place, method: str, path: str) -> No
     seen = len(place.fake.seen)
     body = json.dumps({"source": 2, "name": "x"})
     for key, status in ((USER, 403), ("wrong", 401), (None, 401)):
-        response = requests.request(method, place.server.url + path, data=body, headers={"Content-Type": "application/json"} | ({"X-API-Key": key} if key else {}), timeout=30)
+        response = requests.request(method, place.server.url + path, data=body, headers={"Content-Type": "application/json"} | ({"X-API-Key": key} if key else {}), timeout=90)
         problem(response, status)
     assert len(place.fake.seen) == seen
 
 
 @pytest.mark.parametrize("path", ["/add_new_lora/?name=2", "//add_new_lora?name=2", "/ADD_NEW_LORA?name=2", "/./add_new_lora?name=2", "/admin%2Floras", "/%61dd_new_lora?name=2"])
 def test_no_other_spelling_gets_round_the_admin_key(place: Place, path: str) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", int(place.server.url.split(":")[-1]), timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", int(place.server.url.split(":")[-1]), timeout=90)
     connection.request("POST", path, body='{"source": 2}', headers={"X-API-Key": USER, "Content-Type": "application/json"})
     assert connection.getresponse().status in (403, 404, 405, 307)
     assert "Style 02" not in place.registry

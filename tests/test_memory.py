@@ -221,7 +221,7 @@ def test_what_stands_beside_a_model_is_estimated_and_made_room_for(furnished: De
         finally:
             home.residency.budget = before
 
-    home.unload(None).result(30)
+    home.unload(None).result(90)
     resident = home.residency.acquire(home.catalogue.find("sd15"), paths["sd15"], torch.float32)
     alone = home.residency.resident_bytes
     draw(home.residency.budget)

@@ -31,7 +31,7 @@ def test_a_client_that_leaves_while_weights_are_fetched_is_not_drawn_for(monkeyp
     runner.start("test", SETTINGS, SETTINGS.models, Draining(1, 0))
 
     def slow_fetch(_: object) -> Path:
-        fetched.wait(10)
+        fetched.wait(60)
         return Path("/nowhere")
 
     monkeypatch.setattr(runner.device, "fetch", slow_fetch)

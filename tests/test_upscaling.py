@@ -254,7 +254,7 @@ def test_an_upscaler_is_measured_and_unloaded_when_idle(device: Device) -> None:
     (warm,) = [m for m in device.residency.snapshot([entry]) if m.model_id == "in-tiles"]
     assert warm.resident_bytes == sum(t.numel() for t in load_file(STARTER).values()) * 4 or warm.state == "cold"
     time.sleep(0.05)
-    device.queue.submit(Job("sweep", "test", lambda _: device.residency.sweep(), 30)).result(30)
+    device.queue.submit(Job("sweep", "test", lambda _: device.residency.sweep(), 30)).result(90)
     assert [m.state for m in device.residency.snapshot([entry]) if m.model_id == "in-tiles"] == ["cold"]
 
 

@@ -80,7 +80,7 @@ def test_start_output_and_end_are_told_signed_and_tried_again(server: Server, re
 def test_a_cancelled_job_is_told_too_and_refused_addresses_at_once(server: Server, receiver: Receiver) -> None:
     job = server.post("/jobs", params={**SLOW, "webhook_url": receiver.url}).json()
     running(server, job)
-    requests.delete(server.url + job["urls"]["cancel"], headers={"X-API-Key": "your-api-key"}, timeout=10)
+    requests.delete(server.url + job["urls"]["cancel"], headers={"X-API-Key": "your-api-key"}, timeout=60)
     assert over(server, job)["status"] == "canceled"
     wait_for(lambda: receiver.of(job) == ["job.start", "job.completed"], 30, server)
     for url in ("https://127.0.0.1/", "http://example.com/", "http://u:p@127.0.0.1/", "nonsense", "http://"):
