@@ -20,7 +20,7 @@ from simple_di.providers import SingletonFactory
 from yaml import YAMLError
 
 from api import animate, app, backend, gate, job_store, jobs, multimodal, quotas, typed, upscaling, usage
-from core import logs, settings, supervisor, tracing
+from core import connections, logs, settings, supervisor, tracing
 from core.auth import Keys, NoKeys
 from core.draining import Draining
 from core.model_settings import Models, Queue
@@ -60,6 +60,7 @@ except (NoKeys, LaterVersion, FileNotFoundError, ValueError, SettingsError, YAML
 logs.configure(configured.server)
 http = app.build(configured)
 supervisor.keep_private()
+connections.bound(configured.server)
 BentoMLContainer.prometheus_multiproc_dir.set(SingletonFactory(metrics_folder))
 draining = Draining(configured.server.grace_s, linger_s=1.0)
 common: dict[str, Any] = {

@@ -28,6 +28,7 @@ _REFUSALS = {
     403: "The key may not do this.",
     404: "There is no such thing here.",
     406: "It cannot be had in a form that Accept names.",
+    408: "The body came too slowly.",
     409: "It stands in the way of another, or leaves a choice among `candidates`.",
     410: "It is no longer there.",
     413: "Too many bytes or pixels.",
@@ -35,7 +36,7 @@ _REFUSALS = {
     422: "What cannot be honoured, each field named.",
     429: "The queue is full, or the key has had what it may; see Retry-After.",
     499: "It was cancelled.",
-    500: "The work hung (queue.hang_timeout_s); its runner is started anew.",
+    500: "The work failed on the device (generation-failed), or hung (hung, queue.hang_timeout_s), and its runner is started anew.",
     502: "What was asked elsewhere did not answer as it should.",
     503: "Not available now, and why.",
     504: "The deadline passed.",
@@ -145,7 +146,7 @@ def _refusals(path: str, method: str, operation: Json) -> None:
         own |= {429, 503}
     checked = any(one["in"] != "path" for one in operation.get("parameters", ()))
     if "requestBody" in operation or (checked and method == "post"):  # what is listed for the query may come in a body
-        own |= {400, 413, 415}
+        own |= {400, 408, 413, 415}
     if "requestBody" in operation or checked:
         own.add(422)
     told = {errors.translated(path, status): _REFUSALS[status] for status in sorted(own)}

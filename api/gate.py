@@ -7,6 +7,7 @@ gate has already asked.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import logging
@@ -180,19 +181,28 @@ class Gate:
         return caller
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive`, counting the body's bytes. An uploaded LoRA has a limit of its own: it goes to the disk."""
+        """`receive`, counting the body's bytes, and how long they take. An uploaded LoRA has a limit of its own: it goes to the disk."""
         limit = self.settings.limits.body_bytes
         if scope["path"] == UPLOAD_PATH:
             limit = self.settings.loras.max_bytes + FORM_BYTES
         for name, value in scope["headers"]:
             if name.lower() == b"content-length" and (not value.isdigit() or int(value) > limit):
                 raise problems.too_large(limit)
-        seen = 0
+        server, seen, waited, whole = self.settings.server, 0, 0.0, False
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, waited, whole
+            if whole:  # what comes now is that the client has gone
+                return await receive()
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(server.patience_s + seen / server.least_rate - waited):
+                    message = await receive()
+            except TimeoutError:
+                raise problems.too_slow(server.least_rate) from None
+            waited += time.monotonic() - began  # not what the server takes in between
             seen += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if seen > limit:
                 raise problems.too_large(limit)
             return message

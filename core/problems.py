@@ -121,6 +121,12 @@ def too_large(limit: int) -> Problem:
     return problem(413, "too-large", "Content too large", f"The request body may have at most {limit} bytes.")
 
 
+def too_slow(rate: int) -> Problem:
+    """The rest of the body is not waited for, so that the connection ends too."""
+    detail = f"The body came too slowly: after server.patience_s it must bring {rate} bytes a second (server.least_rate)."
+    return problem(408, "too-slow", "Request timeout", detail, headers={"Connection": "close"})
+
+
 def cancelled() -> Problem:
     return problem(499, "cancelled", "Cancelled", "The request was cancelled; the work was stopped.")
 

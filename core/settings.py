@@ -37,6 +37,9 @@ class Server(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 3000
     grace_s: Seconds = 60
+    connections: Count = 4096
+    patience_s: Seconds = 20
+    least_rate: Count = 2048
     log_format: Literal["text", "json"] = "text"
     log_prompts: bool = False
 
