@@ -105,6 +105,8 @@ async def statuses() -> dict[str, RunnerStatus | Problem]:
     for name, answer in zip(here, answers, strict=True):
         if isinstance(answer, BaseException) and not isinstance(answer, Problem):
             raise answer
+        if isinstance(answer, RunnerStatus):
+            probing.seen(name, answer.pid)
         found[name] = answer
     return found
 
@@ -175,6 +177,10 @@ async def _watched(worker: str, target: Runner, plan: Plan, gone: asyncio.Future
             await _answer(lambda: target.cancel(plan.id))
             raise cancelled()
         raise runner_gone()
+    except asyncio.CancelledError:  # who asked is no longer there to hear of it; the work would go on for nobody
+        with contextlib.suppress(Problem):
+            await _answer(lambda: target.cancel(plan.id))
+        raise
     finally:
         if not work.done():
             work.cancel()

@@ -74,6 +74,7 @@ class RunnerStatus(BaseModel):
     """A runner's answer to "how are you": its models, queue and device."""
 
     service: str
+    pid: int | None = None  # of its process, on its own machine
     ready: bool
     draining: bool
     device: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -122,6 +123,7 @@ class DiffusionRunner:
         residency = self.device.residency
         status = RunnerStatus(
             service=self.name,
+            pid=os.getpid(),
             ready=not self._cold and not self.draining.active,
             draining=self.draining.active,
             device=str(self.device.torch_device),

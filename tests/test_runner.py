@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import threading
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from core.model_settings import Model, Models
 from core.plans import Plan
 from core.problems import Problem
 from core.settings import Settings
+from core.status import RunnerStatus
 from runners import diffusion
 from runners.diffusion import DiffusionRunner
 
@@ -56,26 +58,33 @@ def test_a_client_that_leaves_while_weights_are_fetched_is_not_drawn_for(monkeyp
 class Elsewhere:
     """A runner that draws for half a second and whose status answers, hangs or has no connection, in turn."""
 
-    def __init__(self, answers: list[str]) -> None:
-        self.answers, self.asked = answers, 0
+    def __init__(self, answers: list[str], pid: int | None = None) -> None:
+        self.answers, self.asked, self.pid = answers, 0, pid
+        self.cancelled: list[str] = []
 
     async def run(self, _: Plan) -> Generation:
         await asyncio.sleep(0.5)
         return Generation(seeds=[1])
 
-    async def status(self) -> None:
+    async def cancel(self, plan_id: str) -> bool:
+        self.cancelled.append(plan_id)
+        return True
+
+    async def status(self) -> RunnerStatus:
         self.asked += 1
         answer = self.answers.pop(0) if self.answers else "well"
         if answer == "hangs":
             await asyncio.Event().wait()
         if answer == "refuses":
             raise ConnectionRefusedError
+        return RunnerStatus.model_construct(pid=self.pid)
 
 
 @pytest.mark.parametrize(("answers", "kept"), [(["hangs", "well", "hangs"], True), (["refuses"] * 20, True), (["hangs"] * 20, False)])
 def test_only_a_runner_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, answers: list[str], kept: bool) -> None:
-    monkeypatch.setattr(probing, "EVERY_S", 0.05)
-    monkeypatch.setattr(probing, "TIMEOUT_S", 0.05)
+    monkeypatch.setattr(probing, "EVERY_S", 0.01)
+    monkeypatch.setattr(probing, "TIMEOUT_S", 0.02)
+    monkeypatch.setattr(probing, "_processes", {})
     monkeypatch.setattr(backend, "workers_of", lambda _: {"StableDiffusion": Elsewhere(list(answers))})
     if kept:
         assert asyncio.run(backend.generate(plan(), None)).seeds == [1]
@@ -83,6 +92,51 @@ def test_only_a_runner_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, a
         with pytest.raises(Problem) as caught:
             asyncio.run(backend.generate(plan(), None))
         assert caught.value.details.status == 503
+
+
+@pytest.mark.parametrize(("killed", "kept"), [(False, True), (True, False)], ids=["starved", "killed"])
+def test_a_runner_that_answers_no_probe_keeps_its_work_while_its_process_lives(monkeypatch: pytest.MonkeyPatch, killed: bool, kept: bool) -> None:
+    monkeypatch.setattr(probing, "EVERY_S", 0.02)
+    monkeypatch.setattr(probing, "TIMEOUT_S", 0.02)
+    monkeypatch.setattr(probing, "MISSED_UNSEEN", 1000)
+    monkeypatch.setattr(probing, "_processes", {})
+    with subprocess.Popen(["sleep", "60"]) as process:
+        runner = Elsewhere(["well", *["hangs"] * 100], process.pid)
+        monkeypatch.setattr(backend, "workers_of", lambda _: {"StableDiffusion": runner})
+
+        async def drawn() -> Generation:
+            drawing = asyncio.ensure_future(backend.generate(plan(), None))
+            while runner.asked < 2:
+                await asyncio.sleep(0.01)
+            if killed:
+                process.kill()  # and not waited for: a zombie
+            return await drawing
+
+        try:
+            if kept:
+                assert asyncio.run(drawn()).seeds == [1]
+                assert runner.asked > 2 + probing.MISSED
+            else:
+                with pytest.raises(Problem) as caught:
+                    asyncio.run(drawn())
+                assert caught.value.details.type.endswith("runner-gone")
+        finally:
+            process.kill()
+
+
+def test_work_whose_waiter_is_cancelled_is_cancelled_at_its_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, asked = Elsewhere([]), plan()
+    monkeypatch.setattr(backend, "workers_of", lambda _: {"StableDiffusion": runner})
+
+    async def give_up() -> None:
+        waiting = asyncio.ensure_future(backend.generate(asked, None))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(give_up())
+    assert runner.cancelled == [asked.id]
 
 
 def test_all_who_wait_for_a_runner_ask_together_whether_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
