@@ -208,7 +208,8 @@ class Plan(BaseModel):
 
     @property
     def step_key(self) -> str:
-        """Plans with equal keys can share denoising steps: the network that runs is the same, and the pictures' size is."""
+        """Plans with equal keys can share denoising steps, whatever their LoRAs: the network that runs is the same, and the
+        pictures' size is."""
         return self.model_dump_json(exclude=_OWN | _OWN_STEPS)
 
 
@@ -216,4 +217,4 @@ _PICTURES = {"image", "mask", "images", "control_images", "ip_adapter_images"}
 # What may differ between plans whose pictures are one batch from the first step to the last,
 _OWN = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "control_images", "ip_adapter_images", "deadline_s", "notes", "experiment", "request_id"}
 # and between those that share single steps.
-_OWN_STEPS = {"num_inference_steps", "guidance_scale", "scheduler", "strength", "clip_skip"}
+_OWN_STEPS = {"num_inference_steps", "guidance_scale", "scheduler", "strength", "clip_skip", "loras"}

@@ -1,7 +1,10 @@
-"""The LoRAs in one model's memory: loaded once, switched by peft's layers, dropped when others need room.
+"""The LoRAs in one model's memory: loaded once, told row by row where they act, dropped when others need room.
 
-Only the device's thread changes anything here. A layer with no active adapter runs its base layer
-alone, so a request without LoRAs gets the very bytes that it got before any was loaded.
+peft puts their matrices beside the model's layers, and lets none act: each layer runs its base layer alone, and a hook adds to
+the rows that a LoRA acts on. So requests with different LoRAs go through the model together, and one without any gets
+the very bytes that it got before any was loaded.
+
+Only the device's thread changes anything here.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ import itertools
 import re
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from diffusers import DiffusionPipeline
@@ -27,12 +31,13 @@ from core.generation import AppliedLora
 from core.plans import PlannedLora
 from core.problems import Problem, problem, unavailable
 from core.status import ResidentLora
-from runners import lora_files
+from runners import lora_files, weights
 from runners.lora_files import Matrices
 
 # Several LoRAs on one model are what this module is for.
 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
 Key = tuple[str, int, int]  # path, modification time, size: a file that was replaced is another one
+Acting = tuple[tuple[str, float], ...]  # peft's names of LoRAs, and their weights
 
 
 @dataclass
@@ -60,7 +65,10 @@ class Adapters:
     def __init__(self, pipe: DiffusionPipeline, model_id: str, budget: int) -> None:
         self.pipe, self.model_id, self.budget = pipe, model_id, budget
         self._loaded: OrderedDict[Key, Adapter] = OrderedDict()  # the least recently used first
-        self._active: dict[str, float] = {}
+        self.acting: Acting = ()  # since `apply`
+        self._added: list[tuple[str, float, slice | Tensor | None]] = []  # now: a LoRA, its weight, and the rows, if not all
+        self._rows: int | None = None  # in all, where they differ
+        self._hooked: WeakSet[BaseTunerLayer] = WeakSet()
         self._numbers = itertools.count()
 
     @property
@@ -72,58 +80,73 @@ class Adapters:
         return {path for path, _, _ in self._loaded}
 
     @property
-    def reading(self) -> tuple[tuple[str, float], ...]:
-        """What acts on the text encoders now: each LoRA that reached one, and its weight."""
+    def reading(self) -> Acting:
+        """Those of `acting` that reached a text encoder."""
         reads = {adapter.id for adapter in self._loaded.values() if adapter.reads}
-        return tuple((id, weight) for id, weight in self._active.items() if id in reads)
+        return tuple((id, weight) for id, weight in self.acting if id in reads)
 
     def snapshot(self) -> list[ResidentLora]:
         return [ResidentLora(name=a.name, resident_bytes=a.bytes) for a in list(self._loaded.values())]
 
-    def apply(self, loras: list[PlannedLora]) -> list[AppliedLora]:
-        """Make exactly these LoRAs act on the model, loading those that are not in memory.
+    def fit(self, loras: list[PlannedLora]) -> bool:
+        """Whether LoRAs may be in memory at once, by what their files' headers say."""
+        return weights.total({Path(lora.path) for lora in loras}) * self.pipe.dtype.itemsize <= self.budget
+
+    def apply(self, loras: list[PlannedLora], held: Set[str] = frozenset()) -> list[AppliedLora]:
+        """Make exactly these LoRAs act on the model, on all rows, loading those that are not in memory. Those that are `held`
+        (of `acting`, earlier) stay in memory.
 
         Raises:
             Problem: 503 for a file that is missing, broken or too large; 422 for one that cannot be
                 applied to this model or reaches none of its layers. The model is then without LoRAs.
         """
-        weights: dict[str, float] = {}
+        acting: dict[str, float] = {}
         applied = []
-        try:
-            keys = [_key(lora) for lora in loras]
-            for lora, key in zip(loras, keys, strict=True):
-                adapter = self._ready(lora, key, keep=keys)
-                weights[adapter.id] = weights.get(adapter.id, 0) + lora.weight
-                applied.append(AppliedLora(
-                    name=lora.name, weight=lora.weight, sha256=adapter.sha256, layers=len(adapter.layers), unmatched=adapter.unmatched,
-                    commercial_use=lora.commercial_use, credit=lora.credit,
-                ))  # fmt: skip
-        except BaseException:
-            self._switch({})
-            raise
-        self._switch(weights)
+        self._act(())
+        keys = [_key(lora) for lora in loras]
+        keep = {*keys, *(key for key, adapter in self._loaded.items() if adapter.id in held)}
+        for lora, key in zip(loras, keys, strict=True):
+            adapter = self._ready(lora, key, keep)
+            acting[adapter.id] = acting.get(adapter.id, 0) + lora.weight
+            applied.append(AppliedLora(
+                name=lora.name, weight=lora.weight, sha256=adapter.sha256, layers=len(adapter.layers), unmatched=adapter.unmatched,
+                commercial_use=lora.commercial_use, credit=lora.credit,
+            ))  # fmt: skip
+        self._act(tuple(acting.items()))
         return applied
 
-    def _switch(self, wanted: dict[str, float]) -> None:
-        """Set which LoRAs act, and how strongly, on the layers that any of them reached."""
-        if list(wanted.items()) == list(self._active.items()):  # in order too: sums of floats depend on it
-            return
-        adapters = {a.id: a for a in self._loaded.values()}
-        acting: dict[BaseTunerLayer, list[str]] = {layer: [] for id in self._active if id in adapters for layer in adapters[id].layers}
-        for id, weight in wanted.items():
-            for layer in adapters[id].layers:
-                layer.set_scale(id, weight)
-                acting.setdefault(layer, []).append(id)
-        for layer, ids in acting.items():
-            layer.set_adapter(ids, inference_mode=True)
-        self._active = wanted
+    def act_by_row(self, rows: list[Acting]) -> None:
+        """Have each row of the next passes acted on by LoRAs of its own, all of them in memory."""
+        places: dict[tuple[str, float], list[int]] = {}
+        for row, acting in enumerate(rows):
+            for part in acting:
+                places.setdefault(part, []).append(row)
+        self._rows = len(rows)
+        self._added = [(id, weight, _place(of, len(rows), self.pipe.device)) for (id, weight), of in places.items()]
 
-    def _ready(self, lora: PlannedLora, key: Key, keep: list[Key]) -> Adapter:
-        """The LoRA in memory; room is made by dropping others than those of this request."""
+    def _act(self, acting: Acting) -> None:
+        self.acting, self._rows, self._added = acting, None, [(id, weight, None) for id, weight in acting]
+
+    def _add(self, layer: BaseTunerLayer, given: tuple[Tensor, ...], made: Tensor) -> Tensor:
+        """A layer's hook: what its base layer made, and what the LoRAs add to it (Hu et al. 2021, equation 3)."""
+        for id, weight, rows in self._added:
+            if id not in layer.lora_A:
+                continue
+            down, up, x = layer.lora_A[id], layer.lora_B[id], given[0]
+            if rows is None:
+                made = made + (up(down(x.to(down.weight.dtype))) * weight).to(made.dtype)
+            elif len(x) != self._rows:
+                raise ValueError(f"{len(x)} rows came to a layer, of {self._rows}")
+            else:
+                made[rows] += (up(down(x[rows].to(down.weight.dtype))) * weight).to(made.dtype)
+        return made
+
+    def _ready(self, lora: PlannedLora, key: Key, keep: Set[Key]) -> Adapter:
+        """The LoRA in memory; room is made by dropping others than those to keep."""
         if adapter := self._loaded.get(key):
             self._loaded.move_to_end(key)
             return adapter
-        for other in [k for k in self._loaded if k[0] == key[0]]:
+        for other in [k for k in self._loaded if k[0] == key[0] and k not in keep]:
             self._drop(other)
         self._make_room(key[2], keep, lora)
         adapter = self._load(lora)
@@ -135,7 +158,7 @@ class Adapters:
             raise
         return adapter
 
-    def _make_room(self, needed: int, keep: list[Key], lora: PlannedLora) -> None:
+    def _make_room(self, needed: int, keep: Set[Key], lora: PlannedLora) -> None:
         while self.bytes + needed > self.budget:
             spare = next((k for k in self._loaded if k not in keep), None)
             if spare is None:
@@ -157,7 +180,6 @@ class Adapters:
             detail = f"The LoRA {lora.name} reaches no layer of {self.model_id} (its keys are like {some[:120]!r}), so it would change nothing. Leave it out, or use the model that it was made for."
             raise problem(422, "lora-no-effect", "LoRA without effect", detail)
         id = f"lora{next(self._numbers)}"
-        self._switch({})  # loading makes the new one act, alone
         try:
             for name, matrices in found.items():
                 _inject(id, lora_files.components(self.pipe)[name], matrices)
@@ -169,7 +191,10 @@ class Adapters:
             raise self._unfit(lora, error) from error
         layers = [layer for layer in self._layers() if _parameters(layer, id)]
         for layer in layers:
-            layer.set_adapter([], inference_mode=True)
+            layer.set_adapter([], inference_mode=True)  # loading has made it the active one
+            if layer not in self._hooked:
+                layer.register_forward_hook(self._add)
+                self._hooked.add(layer)
         size = sum(p.numel() * p.element_size() for layer in layers for p in _parameters(layer, id))
         return Adapter(id, lora.name, sha256, layers, unmatched, size, any(name in lora_files.ENCODERS for name in found))
 
@@ -190,7 +215,6 @@ class Adapters:
 
     def _discard(self, id: str) -> None:
         """Take a LoRA out of the model, loaded whole or in part; with the last one peft's layers go too."""
-        self._active.pop(id, None)
         for layer in list(self._layers()):
             if _parameters(layer, id):
                 layer.set_adapter([i for i in layer.active_adapters if i != id], inference_mode=True)
@@ -226,6 +250,14 @@ def _inject(id: str, component: nn.Module, matrices: Matrices) -> None:
     parameters = [p for m in component.modules() if isinstance(m, BaseTunerLayer) for p in _parameters(m, id)]
     if any(p.is_meta for p in parameters):
         raise ValueError("some of its layers have no bias, others have one")
+
+
+def _place(rows: list[int], total: int, device: torch.device) -> slice | Tensor | None:
+    """Rows as what takes them out of a tensor, without a copy where they are neighbours; None for all."""
+    if len(rows) == total:
+        return None
+    first, last = rows[0], rows[-1]
+    return slice(first, last + 1) if last - first + 1 == len(rows) else torch.tensor(rows, device=device)
 
 
 def _key(lora: PlannedLora) -> Key:

@@ -115,7 +115,9 @@ class Device:
         job: Job[Generation] = Job(plan.id, plan.client, lambda job: self._checked([job], [plan], paths)[0], plan.deadline_s)
         if self._by_steps(plan):
             job.run = lambda job: self._draw_by_steps(job, plan, paths)
-            job.share = Share(plan.step_key, plan, plan.rows, limit, steps=plan.steps)
+            # Compiled code is made for the LoRAs that act, all rows alike.
+            compiled = plan.loras if self.catalogue.find(plan.model_id).model.optimise.compile else []
+            job.share = Share(f"{plan.step_key} {compiled}", plan, plan.rows, limit, steps=plan.steps)
         elif not plan.animation:
             job.share = Share(plan.batch_key, plan, plan.rows, limit, lambda jobs, plans: self._checked(jobs, plans, paths))
         return self.queue.submit(job)
@@ -232,12 +234,11 @@ class Device:
                 self._acquire(replace(request, rows=rows), Way(rows), plan, paths, upscaler)
 
         try:
-            loras = self.residency.adapt(resident, plan.loras)
             upscaler = self._upscaler(plan, paths, resident)
             guided = self.residency.guide(resident, plan, self._guides)
             with self._thrift(resident, way):
                 batch = Batch(
-                    resident, loras, guided, upscaler, way, most, models.max_batch, Runs(self.torch_device, pace),
+                    resident, partial(self.residency.adapt, resident), guided, upscaler, way, most, models.max_batch, Runs(self.torch_device, pace),
                     self.queue, self.safety, self._dtype(resident.entry, plan)[1], make_room, self._cores.divide if self._cores else None, began,
                 )  # fmt: skip
                 return batch.draw(first)

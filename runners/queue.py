@@ -139,7 +139,7 @@ class DeviceQueue:
             self._changed.notify()
         return job.future
 
-    def join(self, key: Hashable, limit: int, taken: int, left: int) -> list[Job[Any]]:
+    def join(self, key: Hashable, limit: int, taken: int, left: int, fit: Callable[[list[Any]], bool] = lambda _: True) -> list[Job[Any]]:
         """In the worker thread: jobs that may join the one that runs at its next step, one of each key in turn. A key's
         jobs keep their order. Once one has its turn that cannot join, only those that take no longer than what is running
         join: they do not make it wait for more steps.
@@ -148,6 +148,7 @@ class DeviceQueue:
             key: of their `Share`.
             limit: how many rows may run at once, of which `taken` are; a job of more rows counts as `limit`.
             left: the steps until all that is running is done.
+            fit: whether jobs' works may run beside what is running.
         """
         joined: list[Job[Any]] = []
         with self._changed:
@@ -157,7 +158,7 @@ class DeviceQueue:
                 for client in list(self._waiting):
                     share = next(iter(self._waiting[client])).share
                     rows = min(share.rows, limit) if share else 0
-                    if share is None or share.key != key or taken + rows > limit:
+                    if share is None or share.key != key or taken + rows > limit or not fit([*(job.share.work for job in joined if job.share), share.work]):
                         barred = True
                     elif not barred or share.steps <= left:
                         joined.append(self._take(client))

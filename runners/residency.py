@@ -161,13 +161,13 @@ class Residency:
         adapters = Adapters(base, entry.id, self.lora_budget)
         return Resident(entry, dtype, base.scheduler, base, adapters, Guides(base, entry, dtype), measured, host, now, now - started, weights.sha256(path, entry.model.variant), Remembered(self.settings.remembered_bytes))
 
-    def adapt(self, resident: Resident, loras: list[PlannedLora]) -> list[AppliedLora]:
+    def adapt(self, resident: Resident, loras: list[PlannedLora], held: AbstractSet[str] = frozenset()) -> list[AppliedLora]:
         """Make exactly these LoRAs act on a model, and make room for them among the other models.
 
         Raises:
             Problem: see `Adapters.apply`.
         """
-        applied = resident.adapters.apply(loras)
+        applied = resident.adapters.apply(loras, held)
         self._evict(0, _keys(resident))
         return applied
 

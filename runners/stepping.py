@@ -43,7 +43,7 @@ class Shared:
         if not isinstance(run, Run):
             return self._network(*args, **named)
         assert run.parent is not None
-        return run.parent.switch(Call.of(self._network, args, named))
+        return run.parent.switch(Call.of(self._network, args, named, run.name))
 
 
 def share_passes(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -57,7 +57,7 @@ def share_passes(pipe: DiffusionPipeline) -> DiffusionPipeline:
 @dataclass(frozen=True)
 class Call:
     """What a run gives to its denoiser: tensors whose first dimension is `rows`, and what all rows have in common.
-    Calls with an equal `kind` can be put together."""
+    Calls with an equal `kind` can be put together. `whose` is the run's name."""
 
     network: nn.Module
     tensors: list[Tensor]
@@ -65,9 +65,10 @@ class Call:
     rebuild: Callable[[list[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
     rows: int
     kind: tuple[Any, ...]
+    whose: Any
 
     @classmethod
-    def of(cls, network: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Call:
+    def of(cls, network: nn.Module, args: tuple[Any, ...], named: dict[str, Any], whose: Any = None) -> Call:
         common = {name: named[name] for name in _POSITIONS if named.get(name) is not None}
         # Some pipelines name what they leave out, and others do not.
         leaves, spec = pytree.tree_flatten((args, {k: named[k] for k in sorted(named) if k not in common and named[k] is not None}))
@@ -85,15 +86,17 @@ class Call:
 
         kinds = [(leaf.shape[1:], leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
         kind = (id(network), repr(spec), *kinds, *(tuple(t.shape) for t in common.values()))
-        return cls(network, [leaves[place] for place in places], common, rebuild, rows, kind)
+        return cls(network, [leaves[place] for place in places], common, rebuild, rows, kind, whose)
 
 
-def together(calls: list[Call], most: int | None = None) -> list[Pass]:
-    """The denoiser's answer to each of the calls, which are of one kind; at most `most` rows go through it at once."""
+def together(calls: list[Call], most: int | None = None, before: Callable[[list[Any]], object] = lambda _: None) -> list[Pass]:
+    """The denoiser's answer to each of the calls, which are of one kind; at most `most` rows go through it at once.
+    `before` a pass is told whose each of its rows is."""
     first, rows = calls[0], sum(call.rows for call in calls)
     stacked = [torch.cat(of_all) if len(calls) > 1 else of_all[0] for of_all in zip(*(call.tensors for call in calls), strict=True)]
-    parts = []
+    parts, whose = [], [call.whose for call in calls for _ in range(call.rows)]
     for start in range(0, rows, most or rows):
+        before(whose[start : start + (most or rows)])
         args, named = first.rebuild([t[start : start + (most or rows)] for t in stacked])
         parts.append(first.network(*args, **named, **first.others))
     whole = [torch.cat(of_all) if len(parts) > 1 else of_all[0] for of_all in zip(*parts, strict=True)]
@@ -131,10 +134,12 @@ class Runs(Generic[T]):
     Args:
         device: where the model is.
         pace: told how long the passes took.
+        before: told, before each pass, whose each of its rows is (the names of the runs).
     """
 
     device: torch.device
     pace: Pace
+    before: Callable[[list[Any]], object] = lambda _: None
     most: int | None = None  # rows that go through the denoiser at once, since memory ran out, and
     most_pictures: int | None = None  # how many pictures that is
     running: list[Run[T]] = field(default_factory=list)
@@ -175,7 +180,7 @@ class Runs(Generic[T]):
         while True:
             try:
                 with self.pace.timed(pictures, self.device):
-                    answers = together(calls, self.most)
+                    answers = together(calls, self.most, self.before)
                 metrics.BATCH_ROWS.labels(metrics.here()).observe(pictures)
                 return [*answers]
             except Exception as error:

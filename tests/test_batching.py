@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from core.catalogue import Catalogue
 from core.generation import Generation
 from core.model_settings import ControlNet, Model, Models
-from core.plans import Inputs, Pixels, Plan
+from core.plans import Inputs, Pixels, Plan, PlannedLora
 from core.problems import Problem
 from core.requests import GenerationRequest
 from core.settings import Settings
 from runners import denoise
 from runners.device import Device
 from runners.pace import Pace
+from tests import lora_files
 from tests.conftest import held
 
 PICTURE = Pixels(width=64, height=64, data=np.random.default_rng(0).integers(0, 256, 64 * 64 * 3, dtype=np.uint8).tobytes())
@@ -43,10 +45,13 @@ def device(miniatures: dict[str, Path]) -> Iterator[Device]:
     torch.set_num_threads(2)
 
 
-def planned(device: Device, client: str = "test", image: Pixels | None = None, mask: Pixels | None = None, control: Pixels | None = None, **values: object) -> Plan:
+def planned(
+    device: Device, client: str = "test", image: Pixels | None = None, mask: Pixels | None = None, control: Pixels | None = None, loras: list[tuple[Path, float]] | None = None, **values: object
+) -> Plan:
     size = SIZES[str(values.get("model_id", "starter"))]
     asked = {"prompt": "red apple", "model_id": "starter", "num_inference_steps": 3, "width": size, "height": size, **values}
-    return device.catalogue.plan(GenerationRequest.model_validate(asked), Inputs(image=image, mask=mask, control_image=[control] if control else []), client)
+    plan = device.catalogue.plan(GenerationRequest.model_validate(asked), Inputs(image=image, mask=mask, control_image=[control] if control else []), client)
+    return plan.model_copy(update={"loras": [PlannedLora(name=path.stem, weight=weight, path=str(path), sha256=None, commercial_use=True, credit=None) for path, weight in loras or []]})
 
 
 def submit(device: Device, plan: Plan) -> Future[Generation]:
@@ -126,6 +131,32 @@ def test_requests_that_ask_for_different_things_share_steps_and_get_what_they_ge
     assert len(rows) < sum(g.ran.steps_run for g in alone)
     assert [worst(a, b) <= 1 for a, b in zip(alone, shared, strict=True)] == [True] * len(asked)
     assert len({g.pictures[0].data for g in shared}) == len(asked)
+
+
+def test_requests_with_different_loras_share_steps_and_get_what_they_get_alone(device: Device, tmp_path: Path) -> None:
+    paths = [lora_files.write(tmp_path / f"{i}.safetensors", lora_files.diffusers_layout(lora_files.matrices(starter(device), i, size=0.2))) for i in range(3)]
+    sets = [[], [(0, 1.0)], [(1, 0.5)], [(0, 1.0), (2, -0.5)], [(0, 0.3)], []]
+    asked = [{"prompt": "red apple", "seed": 5, "num_inference_steps": 3 + i % 2, "loras": [(paths[n], weight) for n, weight in each]} for i, each in enumerate(sets)]
+    alone = [submit(device, planned(device, **each)).result(60) for each in asked]
+    shared, rows = together(device, *asked)
+    assert max(rows) == 4  # as many as may be
+    assert [[(lora.sha256, lora.weight) for lora in g.ran.loras] for g in shared] == [[(lora.sha256, lora.weight) for lora in g.ran.loras] for g in alone]
+    assert [worst(a, b) <= 1 for a, b in zip(alone, shared, strict=True)] == [True] * len(asked)
+    assert len({g.pictures[0].data for g in shared}) == 6
+
+
+def test_loras_that_do_not_fit_the_memory_together_take_turns(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [lora_files.write(tmp_path / f"{i}.safetensors", lora_files.diffusers_layout(lora_files.matrices(starter(device), i, size=0.2))) for i in range(2)]
+    resident = device.residency.acquire(device.catalogue.find("starter"), Path(), torch.float32)
+    monkeypatch.setattr(resident.adapters, "budget", int(1.5 * paths[0].stat().st_size))
+    shared, rows = together(device, *({"seed": 5, "loras": [(paths[n], 1.0)] if n is not None else []} for n in (0, 1, None, 0)))
+    assert [[lora.weight for lora in g.ran.loras] for g in shared] == [[1.0], [1.0], [], [1.0]]
+    assert 2 <= max(rows) < 4
+    assert shared[0].pictures[0].data == shared[3].pictures[0].data != shared[1].pictures[0].data
+
+
+def starter(device: Device) -> DiffusionPipeline:
+    return device.residency.acquire(device.catalogue.find("starter"), device.fetch(device.catalogue.find("starter")), torch.float32).base
 
 
 GUIDED = {"controlnet": "starter/controlnet-canny", "preprocessor": "canny", "control": PICTURE}

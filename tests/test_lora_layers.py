@@ -256,3 +256,40 @@ def test_layers_of_several_ranks_draw_what_merged_weights_draw(adapters: Adapter
     expected = draw(pipe)
     merged(pipe, made, -1)
     assert np.abs(drawn - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_one_pass_have_loras_of_their_own(pipes: dict[str, DiffusionPipeline], tmp_path: Path, family: str) -> None:
+    pipe = pipes[family]
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    adapters, given = Adapters(pipe, family, 2**30), []
+    hook = network.register_forward_pre_hook(lambda _, args, named: given.append((args, named)), with_kwargs=True)
+    draw(pipe)
+    hook.remove()
+    args, named = given[0]
+
+    def out(repeats: int) -> torch.Tensor:
+        def wider(value: object) -> object:
+            if isinstance(value, dict):
+                return {k: wider(v) for k, v in value.items()}
+            return torch.cat([value[:1]] * repeats) if isinstance(value, torch.Tensor) and value.ndim else value
+
+        kept = {k: v for k, v in named.items() if k in ("txt_ids", "img_ids")}
+        with torch.no_grad():
+            return network(*map(wider, args), **{k: wider(v) for k, v in named.items() if k not in kept}, **kept)[0]
+
+    alone, acting = [out(1)], [()]
+    paths = [file(pipe, tmp_path, str(n), n) for n in range(2)]
+    for n, weight in ((0, 0.5), (1, 1.0), (0, -1.0)):
+        adapters.apply([lora(paths[n], weight)])
+        alone.append(out(1))
+        acting.append(adapters.acting)
+    order = [1, 0, 2, 3, 1, 2, 0]  # rows of one LoRA that are neighbours, and that are not
+    adapters.act_by_row([acting[i] for i in order])
+    mixed = out(len(order))
+    assert all(torch.allclose(mixed[row], alone[i][0], atol=1e-4) for row, i in enumerate(order))
+    assert min((alone[i] - alone[j]).abs().max() for i in range(4) for j in range(i)) > 1e-2
+    with pytest.raises(ValueError, match="1 rows came to a layer, of 7"):
+        out(1)
+    empty(adapters)
+    assert torch.equal(out(1), alone[0])
