@@ -196,7 +196,7 @@ async def result(id: str, request: Request) -> Response:
     return await tasks.answered(task, wanted, generation, _accept(request, task, accept))
 
 
-@router.get("/jobs/{id}/outputs/{index}", response_class=Response, responses=document.gives("The picture.", {"image/png": document.FILE}, headers=answering.HEADERS) | _OF_ONE | _MADE)
+@router.get("/jobs/{id}/outputs/{index}", response_class=Response, responses=document.gives("The picture.", {"image/png": document.FILE}, headers=answering.HEADERS) | _OF_ONE | _MADE | document.refuses(422))
 async def output(id: str, index: int, request: Request) -> Response:
     """One of the things that were made, alone: a picture with its own metadata."""
     job = await _find(id, request)

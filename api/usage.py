@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import mimeparse
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from starlette.responses import JSONResponse, Response
 
 from api import document
@@ -53,6 +53,16 @@ def made_today(client: str) -> int:
         return 0
 
 
+def _written(given: object) -> object:
+    """Refuse a number, which pydantic would take for seconds of an epoch."""
+    if isinstance(given, str) and given.strip().replace(".", "").lstrip("+-").isdigit():
+        raise ValueError("is a number, and no date; allowed: ISO 8601, such as 2026-11-26T12:00:00Z")
+    return given
+
+
+Time = Annotated[datetime, BeforeValidator(_written)]
+
+
 class UsageLine(BaseModel):
     """What was made for one group; of the group, what was asked for in group_by."""
 
@@ -80,8 +90,8 @@ _CONTENT = document.gives("The report, by `format` or Accept.", {"application/js
 @router.get("/admin/usage", response_class=Response, responses=_CONTENT)
 async def usage(
     request: Request,
-    since: Annotated[datetime | None, Query(description="ISO 8601, included; UTC where it has no offset.")] = None,
-    until: Annotated[datetime | None, Query(description="ISO 8601, not included.")] = None,
+    since: Annotated[Time | None, Query(description="ISO 8601, included; UTC where it has no offset.")] = None,
+    until: Annotated[Time | None, Query(description="ISO 8601, not included.")] = None,
     group_by: Annotated[str, Query(description=f"Of {', '.join(GROUPS)}; several separated by commas; empty for the total.")] = "key,model,lora",
     format: Annotated[Literal["json", "csv"] | None, Query(description="Instead of Accept.")] = None,
 ) -> Response:

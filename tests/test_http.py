@@ -178,7 +178,18 @@ def test_internal_routes_are_not_served(server: Server) -> None:
 
 def test_unknown_paths_and_methods_are_problems(server: Server) -> None:
     problem(server.get("/nothing"), 404)
-    assert "POST" in problem(server.get("/post_config"), 405)["detail"] or server.get("/post_config").headers["allow"] == "POST"
+    assert server.get("/post_config").headers["allow"] == "POST"
+    problem(server.get("/post_config"), 405)
+    for path, methods in {"/jobs/x": "DELETE, GET", "/admin/experiments": "GET, POST", "/sdapi/v1/options": "GET, POST"}.items():
+        wrong = requests.options(server.url + path, headers={"X-API-Key": ADMIN}, timeout=60)
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, methods)
+
+
+def test_a_number_is_no_date(server: Server) -> None:
+    refused = problem(server.get("/admin/usage", key=ADMIN, params={"until": "0.5"}), 422)
+    assert refused["errors"][0]["field"] == "until"
+    assert "ISO 8601" in refused["errors"][0]["message"]
+    assert server.get("/admin/usage", key=ADMIN, params={"until": "2026-11-26T12:00:00Z"}).status_code == 200
 
 
 def test_the_document_has_the_contract_and_its_security(server: Server) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,7 @@ def run(server: Server, folder: Path, examples: int, seed: int, more: list[str])
         "--header", f"X-API-Key: {ADMIN}", "--max-examples", str(examples), "--seed", str(seed), "--checks", "all", "--continue-on-failure",
         "--request-timeout", "90", "--no-color", "--report", "ndjson", "--report-ndjson-path", str(report), *more,
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=folder, check=False)
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.fuzz.hooks", "PYTHONPATH": str(ROOT)}, check=False)
     return done.returncode, sent(report)
 
 
