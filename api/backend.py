@@ -16,7 +16,7 @@ import bentoml
 from bentoml.exceptions import BentoMLException
 from starlette.requests import Request
 
-from api import probing, quotas, routing
+from api import probing, routing
 from api.routing import Runner
 from core import logs, settings, trials
 from core.generation import Generation
@@ -116,7 +116,7 @@ async def unload(worker: str, model_id: str) -> int:
 
 
 async def generate(
-    plan: Plan, request: Request | None, name: Service = "StableDiffusion", *, gone: asyncio.Event | None = None, follow: Follow | None = None, admitted: bool = False
+    plan: Plan, request: Request | None, name: Service = "StableDiffusion", *, gone: asyncio.Event | None = None, follow: Follow | None = None
 ) -> Generation:
     """Have a plan done by one of a runner's workers; by another where that one dies.
 
@@ -124,37 +124,30 @@ async def generate(
         request: whose client's leaving ends the work; None for a call within this process.
         gone: ends it as well.
         follow: runs as long as a worker has the plan.
-        admitted: the key's places for generations at once were looked at before (of a job, when it was submitted).
 
     Raises:
-        Problem: what the worker says; 503 where all are gone; 499 where the client is; 404 where the runner is not here;
-            422 or 429 where the key may not have so much.
+        Problem: what the worker says; 503 where all are gone; 499 where the client is; 404 where the runner is not here.
     """
     able = workers_of(name)
     plan = plan.model_copy(update={"request_id": logs.request_id.get()})
     logs.note(**logs.of_plan(plan))
-    async with quotas.of_process().work(plan, admitted):
-        return await _generated(plan, able, _ended(request, gone), follow)
-
-
-async def _generated(plan: Plan, able: dict[str, Runner], end: Awaitable[None], follow: Follow | None) -> Generation:
     several = len(able) > 1
     if plan.experiment and plan.experiment.counts:
         await asyncio.to_thread(trials.configured(settings.load()).count, plan.experiment)
-    gone = asyncio.ensure_future(end)
+    end = asyncio.ensure_future(_ended(request, gone))
     try:
         while True:
             worker = await routing.choose(able, plan.model_id)
             try:
                 with routing.in_hand(worker, plan.model_id), _meanwhile(follow, able[worker]):
-                    generation = await _watched(worker, able[worker], plan, gone)
+                    generation = await _watched(worker, able[worker], plan, end)
                 break
             except Problem as problem:
                 if not problem.details.type.endswith(GONE) or len(able) == 1:
                     raise
                 routing.set_aside(worker, able.pop(worker))
     finally:
-        gone.cancel()
+        end.cancel()
     if generation.problem:
         raise Problem(generation.problem)
     if several and generation.ran:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from core import settings
-from core.job_store import Store, check
+from core.job_store import SCHEMA, Store
 
 
 @lru_cache(maxsize=1)
@@ -16,4 +16,4 @@ def of_process() -> Store:
 
 def prepare() -> None:
     """Look at the store before anything starts. Raises: LaterVersion: where it is a later Easel's."""
-    check(settings.load().jobs)
+    SCHEMA.check(settings.load().jobs.store)

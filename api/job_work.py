@@ -99,7 +99,7 @@ class Work:
             task = TASKS[job.task]
             try:
                 follow = partial(self._follow, job.id, plan, gone)
-                generation = await backend.generate(plan, None, task.service, gone=gone, follow=follow, admitted=True)
+                generation = await backend.generate(plan, None, task.service, gone=gone, follow=follow)
                 await usage.record(plan, generation)
             except Problem as problem:
                 await self._failed(job, problem)

@@ -121,9 +121,9 @@ async def _add(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, reques
     task.negotiate(wanted, accept)
     backend.workers_of(task.service)
     plan = await asyncio.to_thread(task.plan, wanted, uploads, request.state.caller.id)
-    await quotas.of_process().admit(plan)
     queue = tasks.catalogue(task.service).queue
-    job = await asyncio.to_thread(job_store.of_process().add, task.name, task.service, plan, wanted.model_dump_json(exclude_unset=True), accept, queue, webhook_url, key, digest)
+    async with quotas.of_process().place(plan):
+        job = await asyncio.to_thread(job_store.of_process().add, task.name, task.service, plan, wanted.model_dump_json(exclude_unset=True), accept, queue, webhook_url, key, digest)
     if job is None:
         raise _Known
     for work in _work:

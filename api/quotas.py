@@ -12,6 +12,6 @@ from core.quotas import Quotas
 
 @lru_cache(maxsize=1)
 def of_process() -> Quotas:
-    """The counters of all keys, in this process."""
+    """The limits of all keys."""
     configured = settings.load()
-    return Quotas(configured.quotas, admins(configured, settings.secrets()), usage.made_today, lambda client: job_store.of_process().active(client))
+    return Quotas(configured.quotas, admins(configured, settings.secrets()), job_store.of_process, usage.made_today)

@@ -18,7 +18,7 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from api import answering, backend, embedding, reading, usage
+from api import answering, backend, embedding, quotas, reading, usage
 from api.answering import CaptionResponse, GenerationResponse, JointResponse, TextsResponse
 from api.backend import Follow, Service
 from api.embedding import EmbedResponse
@@ -154,9 +154,10 @@ async def planned(wanted: GenerationRequest, inputs: Inputs | None, request: Req
 
 async def drawn(plan: Plan, request: Request | None, service: Service = "StableDiffusion", *, gone: asyncio.Event | None = None, follow: Follow | None = None) -> Generation:
     """What comes of a plan, as long as the client waits for it, put down in the usage log; takes and raises what
-    `backend.generate` does."""
-    generation = await backend.generate(plan, request, service, gone=gone, follow=follow)
-    await usage.record(plan, generation)
+    `backend.generate` does, and as `Quotas.place`."""
+    async with quotas.of_process().place(plan):
+        generation = await backend.generate(plan, request, service, gone=gone, follow=follow)
+        await usage.record(plan, generation)
     return generation
 
 

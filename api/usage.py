@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
-import sqlite3
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Annotated, Literal
@@ -20,22 +19,22 @@ from core import settings
 from core.generation import Generation
 from core.plans import Plan
 from core.problems import invalid_field, nearest, problem, unavailable
-from core.usage import GROUPS, Group, Ledger
+from core.usage import ERRORS, GROUPS, SCHEMA, Group, Ledger, address
 
 router = APIRouter(tags=["admin"])
 
 
 @lru_cache(maxsize=1)
 def ledger() -> Ledger | None:
-    """This process's log; None where usage.path is null."""
-    path = settings.load().usage.path
-    return Ledger(settings.beside_configuration(path)) if path else None
+    """This process's log; None where there is to be none."""
+    url = address(settings.load().usage)
+    return Ledger(url) if url else None
 
 
 def prepare() -> None:
-    """Bring the log to this version. Raises: LaterVersion: where it is a later Easel's."""
+    """Look at the log before anything starts. Raises: LaterVersion: where it is a later Easel's."""
     if log := ledger():
-        log.prepare()
+        SCHEMA.check(log.url)
 
 
 async def record(plan: Plan, generation: Generation) -> None:
@@ -45,12 +44,13 @@ async def record(plan: Plan, generation: Generation) -> None:
 
 
 def made_today(client: str) -> int:
-    """How many pictures a key has had made since the day (UTC) began; 0 where there is no log to tell."""
+    """How many pictures a key has had made since the day (UTC) began, at every entry that shares the log.
+
+    Raises:
+        SQLAlchemyError, OSError: where the log cannot be read.
+    """
     log, midnight = ledger(), datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    try:
-        return next((line.pictures for line in log.report(midnight, None, ["key"]) if line.group["key"] == client), 0) if log else 0
-    except (sqlite3.Error, OSError):
-        return 0
+    return log.pictures_since(midnight, client) if log else 0
 
 
 def _written(given: object) -> object:
@@ -98,13 +98,14 @@ async def usage(
     """Requests, pictures and picture-steps by key (hashed), model, LoRA, day (UTC) or commercial use (admin key)."""
     log = ledger()
     if log is None:
-        raise unavailable("There is no usage log: usage.path is null in configuration.yaml.", slug="usage-off")
+        raise unavailable("There is no usage log: usage.path and usage.store are null in configuration.yaml.", slug="usage-off")
     groups, chosen = _groups(group_by), format or _negotiate(request.headers.get("accept", "*/*"))
     since, until = (t.replace(tzinfo=t.tzinfo or UTC) if t else None for t in (since, until))
     try:
         lines = await asyncio.to_thread(log.report, since, until, groups)
-    except (sqlite3.Error, OSError) as error:
-        raise unavailable(f"The usage log cannot be read: {error}", slug="usage-unreadable") from error
+    except ERRORS as error:
+        reason = getattr(error, "orig", None) or error  # of SQLAlchemy's, without the statement
+        raise unavailable(f"The usage log cannot be read: {reason}", slug="usage-unreadable") from error
     rows = [{**line.group, "requests": line.requests, "pictures": line.pictures, "picture_steps": line.picture_steps, "flagged": line.flagged} for line in lines]
     if chosen == "json":
         times = {name: t.isoformat() if t else None for name, t in (("since", since), ("until", until))}

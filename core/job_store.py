@@ -1,17 +1,15 @@
 """Where jobs are kept: a table in SQLite, or in a PostgreSQL that several entries share (`jobs.store`).
 
 A process claims a job by a lease that it renews while it works on it; the job of a process that died is claimed by
-another once its lease is over. Every call is one short transaction, made to be run in a worker thread. The store carries a
-schema version: an earlier one's is brought to this, a later one's refused. An SQLite file that is corrupt is moved aside.
+another once its lease is over. Every call is one short transaction, made to be run in a worker thread. Beside the jobs it has the
+places of requests that somebody waits for, so that every entry knows how much a key has in the making (core.quotas).
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -29,30 +27,24 @@ from sqlalchemy import (
     UniqueConstraint,
     and_,
     case,
-    create_engine,
     delete,
-    event,
     func,
     insert,
     inspect,
     select,
-    text,
     update,
 )
-from sqlalchemy.engine import Connection, Engine, make_url
-from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError
 from ulid import ULID
 
-from core import corrupt
+from core.database import Schema
 from core.generation import Generation
 from core.jobs import ACTIVE, Job, Status, pack, unpack_generation, unpack_plan
 from core.model_settings import Queue
 from core.plans import Plan
 from core.problems import ProblemDetails, problem
-from core.settings import Jobs, beside_configuration
-from core.versions import LaterVersion
+from core.settings import Jobs
 
-log = logging.getLogger("easel.jobs")
 KEY_S = 24 * 3600  # how long an idempotency key is known
 GONE_S = 7 * 24 * 3600  # how long an expired job is known to have been
 _META = MetaData()
@@ -95,9 +87,20 @@ _JOBS = Table(
     Index("jobs_status", "status", "id"),
     Index("jobs_client", "client", "id"),
 )
-_SCHEMA = Table("jobs_schema", _META, Column("id", Integer, primary_key=True), Column("version", Integer, nullable=False))  # one row
-# What a store of an earlier version lacks, by the version that brought it, from 2 on. Stores without a version are of the first.
-_ADDED: list[str] = []
+# Requests that somebody waits for, of keys whose generations at once or pictures a day are counted.
+_PLACES = Table(
+    "places",
+    _META,
+    Column("id", String(40), primary_key=True),
+    Column("client", String(64), nullable=False, index=True),
+    Column("pictures", Integer, nullable=False),
+    Column("owner", String(40), nullable=False),
+    Column("lease_until", Float(53), nullable=False),
+)
+SCHEMA = Schema(
+    "jobs", "the store of jobs", "jobs.store", _META, first=1, added=[],
+    before=lambda connection: 1 if inspect(connection).has_table(_JOBS.name) else None,
+)  # fmt: skip
 _SHOWN = [_JOBS.c[f.name] for f in fields(Job)]
 
 
@@ -113,16 +116,7 @@ class Store:
 
     def __init__(self, settings: Jobs) -> None:
         self.settings, self.owner = settings, str(ULID())
-        self._engine = _engine(settings)
-        try:
-            _make(self._engine)
-        except DatabaseError as error:
-            if (file := _file(self._engine)) and corrupt.is_corrupt(error.orig):
-                self._engine.dispose()
-                log.error("the store of jobs %s is corrupt; it is now %s, and a new one begins", file, corrupt.move_aside(file))
-            elif not isinstance(error, (IntegrityError, OperationalError, ProgrammingError)):
-                raise
-            _make(self._engine)  # another process was making it at the same time
+        self._engine = SCHEMA.open(settings.store)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -174,12 +168,25 @@ class Store:
             before = and_(_JOBS.c.status == "queued", _JOBS.c.service == job.service, _JOBS.c.id < job.id)
             return int(connection.execute(select(func.count()).where(before)).scalar_one())
 
-    def active(self, client: str) -> tuple[int, int]:
-        """How many jobs of a client wait or run, and how many pictures they will make."""
+    # What a client has in the making, jobs and requests that it waits for, at any entry.
+
+    def take(self, client: str, pictures: int) -> tuple[str, int, int]:
+        """A place for a request, until it is given back or this process dies: its id, how many generations of the client
+        wait or run with it, and how many pictures they will make. One after another, so that each sees those before it."""
+        now, place = time.time(), str(ULID())
+        jobs = select(_JOBS.c.pictures).where(_JOBS.c.client == client, _JOBS.c.status.in_(ACTIVE))
+        places = select(_PLACES.c.pictures).where(_PLACES.c.client == client, _PLACES.c.lease_until > now)
+        both = jobs.union_all(places).subquery()
         with self._engine.begin() as connection:
-            own = and_(_JOBS.c.client == client, _JOBS.c.status.in_(ACTIVE))
-            count, pictures = connection.execute(select(func.count(), func.coalesce(func.sum(_JOBS.c.pictures), 0)).where(own)).one()
-        return int(count), int(pictures)
+            if connection.dialect.name == "postgresql":  # SQLite has one writer at a time
+                connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(client))))
+            connection.execute(insert(_PLACES).values(id=place, client=client, pictures=pictures, owner=self.owner, lease_until=now + self.settings.lease_s))
+            count, coming = connection.execute(select(func.count(), func.coalesce(func.sum(both.c.pictures), 0))).one()
+        return place, int(count), int(coming)
+
+    def give_back(self, place: str) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(delete(_PLACES).where(_PLACES.c.id == place))
 
     def cancel(self, id: str) -> Job | None:
         """Cancel a job: at once where nobody works on it."""
@@ -225,9 +232,11 @@ class Store:
         return unpack_plan(row.plan), row.wanted, row.accept
 
     def beat(self, ids: Sequence[str]) -> None:
-        """Renew this process's leases of the jobs that it works on. One whose end could not be put down is claimed again when its lease is over."""
+        """Renew this process's places, and its leases of the jobs that it works on. One whose end could not be put down is claimed again when its lease is over."""
+        until = time.time() + self.settings.lease_s
         with self._engine.begin() as connection:
-            connection.execute(update(_JOBS).where(_JOBS.c.owner == self.owner, _JOBS.c.id.in_(ids)).values(lease_until=time.time() + self.settings.lease_s))
+            connection.execute(update(_JOBS).where(_JOBS.c.owner == self.owner, _JOBS.c.id.in_(ids)).values(lease_until=until))
+            connection.execute(update(_PLACES).where(_PLACES.c.owner == self.owner).values(lease_until=until))
 
     def mine(self, id: str) -> Job | None:
         """A job that this process works on; None where it does not, or no longer."""
@@ -270,6 +279,7 @@ class Store:
             connection.execute(delete(_JOBS).where(_JOBS.c.status == "expired", _JOBS.c.expires_at < now - GONE_S))
             known = and_(_JOBS.c.idempotency_key.is_not(None), _JOBS.c.created_at < now - KEY_S)
             connection.execute(update(_JOBS).where(known).values(idempotency_key=None))
+            connection.execute(delete(_PLACES).where(_PLACES.c.lease_until < now))
         return ended
 
     @staticmethod
@@ -295,75 +305,3 @@ class Store:
     def _blob(self, id: str, name: str) -> bytes | None:
         with self._engine.begin() as connection:
             return connection.execute(select(_JOBS.c[name]).where(_JOBS.c.id == id)).scalar_one_or_none()
-
-
-def check(settings: Jobs) -> None:
-    """Look at a store without making or changing anything.
-
-    Raises:
-        LaterVersion: where a later Easel has written it. Whatever else is wrong is told when the store is used.
-    """
-    engine = _engine(settings)
-    if (file := _file(engine)) and not file.exists():
-        return
-    try:
-        with engine.connect() as connection:
-            _version(connection)
-    except SQLAlchemyError as error:
-        log.error("the store of jobs cannot be looked at: %s", error)
-    finally:
-        engine.dispose()
-
-
-def _engine(settings: Jobs) -> Engine:
-    url = make_url(settings.store)
-    lite = url.get_backend_name() == "sqlite"
-    if lite and url.database:
-        url = url.set(database=str(beside_configuration(Path(url.database))))
-    engine = create_engine(url, pool_pre_ping=not lite, connect_args={"timeout": 30} if lite else {})
-    if lite:
-        event.listen(engine, "connect", _pragmas)
-    return engine
-
-
-def _file(engine: Engine) -> Path | None:
-    """That of an SQLite."""
-    return Path(engine.url.database) if engine.dialect.name == "sqlite" and engine.url.database else None
-
-
-def _version(connection: Connection) -> int | None:
-    """A store's version; None for one that does not exist yet.
-
-    Raises:
-        LaterVersion: see there.
-    """
-    there, known = inspect(connection), 1 + len(_ADDED)
-    found = connection.execute(select(_SCHEMA.c.version)).scalar_one_or_none() if there.has_table(_SCHEMA.name) else None
-    if found is not None and found > known:
-        raise LaterVersion(f"The version of the store of jobs is {found}, and this Easel knows {known}: use the Easel that wrote it, or another jobs.store")
-    return found if found is not None else 1 if there.has_table(_JOBS.name) else None
-
-
-def _make(engine: Engine) -> None:
-    """Make the tables, or bring them to this version, once, whichever process comes first."""
-    with engine.begin() as connection:
-        version = _version(connection)
-    # The version comes before the table: who sees the table without one sees an old store.
-    _SCHEMA.create(engine, checkfirst=True)
-    try:
-        with engine.begin() as connection:
-            connection.execute(insert(_SCHEMA).values(id=1, version=version or 1 + len(_ADDED)))
-    except IntegrityError:
-        log.debug("the store of jobs has a version")
-    _META.create_all(engine)
-    with engine.begin() as connection:
-        connection.execute(update(_SCHEMA).values(version=_SCHEMA.c.version))  # others wait for this transaction
-        for statement in _ADDED[connection.execute(select(_SCHEMA.c.version)).scalar_one() - 1 :]:
-            connection.execute(text(statement))
-        connection.execute(update(_SCHEMA).values(version=1 + len(_ADDED)))
-
-
-def _pragmas(connection: Any, _: object) -> None:
-    """Readers and one writer at once, also of several processes; a power cut may cost the last second, no more."""
-    for pragma in ("journal_mode = WAL", "synchronous = NORMAL"):
-        connection.execute(f"PRAGMA {pragma}").close()

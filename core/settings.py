@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
@@ -101,27 +101,28 @@ class Prompts(Section):
     wildcards: Path | None = Path("wildcards")
 
 
+def _driver_is_there(url: str) -> str:
+    if url.startswith("postgresql") and find_spec("psycopg") is None:
+        raise ValueError("PostgreSQL needs a package: pip install 'psycopg[binary]>=3.3,<4'")
+    return url
+
+
 class Usage(Section):
-    """The usage log: an SQLite file beside the configuration; null for none."""
+    """The usage log: an SQLite file beside the configuration, null for none; or a PostgreSQL that several entries share."""
 
     path: Path | None = Path("usage.sqlite3")
+    store: Annotated[str, Field(pattern=r"^postgresql\+psycopg://.+$"), AfterValidator(_driver_is_there)] | None = None
 
 
 class Jobs(Section):
     """Where jobs are kept (an SQLite file beside the configuration, or a PostgreSQL that several entries share), and for
     how long; how many a process does at once, how often one is tried, and when a process counts as dead."""
 
-    store: Annotated[str, Field(pattern=r"^(sqlite:///.+|postgresql\+psycopg://.+)$")] = "sqlite:///jobs.sqlite3"
+    store: Annotated[str, Field(pattern=r"^(sqlite:///.+|postgresql\+psycopg://.+)$"), AfterValidator(_driver_is_there)] = "sqlite:///jobs.sqlite3"
     retention_s: Seconds = 24 * 3600
     at_once: Count = 16
     attempts: Count = 3
     lease_s: Seconds = 15
-
-    @model_validator(mode="after")
-    def driver_is_there(self) -> Jobs:
-        if self.store.startswith("postgresql") and find_spec("psycopg") is None:
-            raise ValueError("jobs.store needs a package: pip install 'psycopg[binary]>=3.3,<4'")
-        return self
 
 
 class WebhookSettings(Section):

@@ -1,55 +1,112 @@
 """The usage log: which key had how many pictures made, with which model, LoRAs and embeddings.
 
-An append-only SQLite file, written after each answer and read by GET /admin/usage. Keys stand in it
-by their hash, prompts do not. Failing to write is logged and never fails a request; a file that is
-corrupt is moved aside and a new one begun. An older version's file is brought to this one, a newer
-one's is left alone: neither written nor read.
+Append-only tables in an SQLite file, or in a PostgreSQL that several entries share (`usage.store`), written after each answer
+and read by GET /admin/usage and by the quotas. Keys stand in it by their hash, prompts do not. Failing to write is logged and
+never fails a request; a file that is corrupt is moved aside and a new one begun. An older version's log is brought to this one,
+a newer one's is left alone: neither written nor read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from core import corrupt
+from sqlalchemy import (
+    Boolean,
+    Column,
+    ColumnElement,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Select,
+    String,
+    Table,
+    Text,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+)
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.exc import DatabaseError, SQLAlchemyError
+
+from core import database
+from core.database import Schema
 from core.generation import Generation
 from core.plans import Plan
-from core.versions import LaterVersion
+from core.settings import Usage
 
 log = logging.getLogger("easel.usage")
 T = TypeVar("T")
 Group = Literal["key", "model", "lora", "day", "commercial"]
 GROUPS: tuple[Group, ...] = get_args(Group)
+ERRORS = (SQLAlchemyError, OSError)  # what a log that cannot be used raises
 
-# One row a request, and one for each LoRA of it. The triggers keep what was written.
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS usage (
-    id INTEGER PRIMARY KEY, at REAL NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL, pictures INTEGER NOT NULL,
-    width INTEGER NOT NULL, height INTEGER NOT NULL, steps INTEGER NOT NULL,
-    commercial INTEGER NOT NULL, commercial_use INTEGER NOT NULL, credit TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS usage_loras (
-    usage INTEGER NOT NULL REFERENCES usage (id), lora TEXT NOT NULL, weight REAL NOT NULL, sha256 TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS usage_at ON usage (at);
-CREATE INDEX IF NOT EXISTS usage_loras_usage ON usage_loras (usage);
-CREATE TRIGGER IF NOT EXISTS usage_kept BEFORE DELETE ON usage BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER IF NOT EXISTS usage_unchanged BEFORE UPDATE ON usage BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER IF NOT EXISTS usage_loras_kept BEFORE DELETE ON usage_loras BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER IF NOT EXISTS usage_loras_unchanged BEFORE UPDATE ON usage_loras BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-"""
-# What a file of an earlier version lacks, by the version (SQLite's user_version) that brought it.
-_ADDED = ["ALTER TABLE usage ADD COLUMN flagged INTEGER NOT NULL DEFAULT 0"]
-_COLUMNS: dict[Group, str] = {
-    "key": "u.key", "model": "u.model", "lora": "l.lora", "day": "date(u.at, 'unixepoch')", "commercial": "u.commercial",
-}  # fmt: skip
+# One row a request, and one for each LoRA of it.
+_META = MetaData()
+_USAGE = Table(
+    "usage",
+    _META,
+    Column("id", Integer, primary_key=True),
+    Column("at", Float(53), nullable=False),
+    Column("key", String(64), nullable=False),
+    Column("model", Text, nullable=False),
+    Column("pictures", Integer, nullable=False),
+    Column("width", Integer, nullable=False),
+    Column("height", Integer, nullable=False),
+    Column("steps", Integer, nullable=False),
+    Column("commercial", Boolean, nullable=False),
+    Column("commercial_use", Boolean, nullable=False),
+    Column("credit", Text, nullable=False),
+    Column("flagged", Integer, nullable=False, server_default=text("0")),
+    Index("usage_at", "at"),
+    Index("usage_key", "key", "at"),
+)
+_LORAS = Table(
+    "usage_loras",
+    _META,
+    Column("usage", Integer, ForeignKey("usage.id"), nullable=False),
+    Column("lora", Text, nullable=False),
+    Column("weight", Float(53), nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Index("usage_loras_usage", "usage"),
+)
+_ADDED = ["ALTER TABLE usage ADD COLUMN flagged INTEGER NOT NULL DEFAULT 0", "CREATE INDEX usage_key ON usage (key, at)"]
+# What keeps what was written. SQLite's own version tells Easels from before there was a table for it.
+_KEPT = {
+    "sqlite": [
+        *(
+            f"CREATE TRIGGER IF NOT EXISTS {table}_{name} BEFORE {what} ON {table} BEGIN SELECT RAISE(ABORT, 'append-only'); END"
+            for table in ("usage", "usage_loras")
+            for name, what in (("kept", "DELETE"), ("unchanged", "UPDATE"))
+        ),
+        f"PRAGMA user_version = {len(_ADDED)}",
+    ],
+    "postgresql": [
+        "CREATE OR REPLACE FUNCTION usage_append_only() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'append-only'; END $$",
+        *(
+            f"CREATE OR REPLACE TRIGGER {table}_kept BEFORE DELETE OR UPDATE OR TRUNCATE ON {table} FOR EACH STATEMENT EXECUTE FUNCTION usage_append_only()"
+            for table in ("usage", "usage_loras")
+        ),
+    ],
+}
+
+
+def _before(connection: Connection) -> int | None:
+    version = int(connection.execute(text("PRAGMA user_version")).scalar_one()) if connection.dialect.name == "sqlite" else 0
+    return version if version or inspect(connection).has_table(_USAGE.name) else None
+
+
+SCHEMA = Schema("usage", "the usage log", "usage.path or usage.store", _META, first=0, added=_ADDED, before=_before, kept=_KEPT)
 
 
 @dataclass(frozen=True)
@@ -64,131 +121,109 @@ class Line:
     flagged: int = 0
 
 
+def address(settings: Usage) -> URL | None:
+    """Where the settings have the log; None for none."""
+    return make_url(settings.store) if settings.store else database.in_file(settings.path) if settings.path else None
+
+
 class Ledger:
-    """The log at `path`. Every process that answers requests may have one on the same file."""
+    """The log at an address of SQLAlchemy's. Every process that answers requests may have one of the same."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, store: str | URL) -> None:
+        self.url = make_url(store)
+        self.file = database.file_of(self.url)
         self._lock = threading.Lock()
-        self._connection: sqlite3.Connection | None = None
-
-    def prepare(self) -> None:
-        """Bring the file, where there is one, to this version, before anything is written down.
-
-        Raises:
-            LaterVersion: see there. Whatever else is wrong is logged, and tried again with the next request.
-        """
-        if not self.path.exists():
-            return
-        try:
-            self._use(lambda _: None)
-        except LaterVersion:
-            raise
-        except (sqlite3.Error, OSError) as error:
-            log.error("the usage log %s cannot be used: %s", self.path, error)
+        self._engine: Engine | None = None
 
     def append(self, plan: Plan, generation: Generation) -> None:
         """Write down what was drawn; whatever goes wrong is logged, not raised."""
         ran = generation.ran
         if ran is None:
             return
-        row = (
-            time.time(), plan.client, ran.model_id, len(generation.pictures), ran.width, ran.height, ran.steps_run,
-            plan.commercial, ran.commercial_use, json.dumps(ran.credit, ensure_ascii=False), len(ran.flagged or []),
-        )  # fmt: skip
-
+        row = {
+            "at": time.time(), "key": plan.client, "model": ran.model_id, "pictures": len(generation.pictures), "width": ran.width, "height": ran.height, "steps": ran.steps_run,
+            "commercial": plan.commercial, "commercial_use": ran.commercial_use, "credit": json.dumps(ran.credit, ensure_ascii=False), "flagged": len(ran.flagged or []),
+        }  # fmt: skip
         parts = [(x.name, x.weight, x.sha256) for x in ran.loras] + [(x.name, 1.0, x.sha256) for x in ran.embeddings]
 
-        def write(connection: sqlite3.Connection) -> None:
-            with connection:
-                added = connection.execute(
-                    "INSERT INTO usage (at, key, model, pictures, width, height, steps, commercial, commercial_use, credit, flagged) VALUES (?,?,?,?,?,?,?,?,?,?,?)", row
-                )
-                connection.executemany("INSERT INTO usage_loras VALUES (?,?,?,?)", [(added.lastrowid, *part) for part in parts])
+        def write(connection: Connection) -> None:
+            added = connection.execute(insert(_USAGE).values(**row).returning(_USAGE.c.id)).scalar_one()
+            if parts:
+                connection.execute(insert(_LORAS), [{"usage": added, "lora": name, "weight": weight, "sha256": sha256} for name, weight, sha256 in parts])
 
         try:
             self._use(write)
-        except (sqlite3.Error, OSError) as error:
-            log.error("a request of %s pictures is not in the usage log %s: %s", len(generation.pictures), self.path, error)
+        except ERRORS as error:
+            log.error("a request of %s pictures is not in the usage log %s: %s", len(generation.pictures), self, error)
 
     def report(self, since: datetime | None, until: datetime | None, groups: list[Group]) -> list[Line]:
         """What was drawn from `since` on and before `until`, summed by `groups`, most pictures first.
         By LoRA, a request with two counts for both.
 
         Raises:
-            sqlite3.Error, OSError: where the log cannot be read.
+            SQLAlchemyError, OSError: where the log cannot be read.
         """
-        columns = [_COLUMNS[group] for group in groups]
-        join = " LEFT JOIN usage_loras l ON l.usage = u.id" if "lora" in groups else ""
-        query = (
-            f"SELECT {''.join(c + ', ' for c in columns)}COUNT(*), COALESCE(SUM(u.pictures), 0), COALESCE(SUM(u.pictures * u.steps), 0), COALESCE(SUM(u.flagged), 0)"  # noqa: S608  # columns are of a fixed list
-            f" FROM usage u{join} WHERE u.at >= ? AND u.at < ?"
-            + (f" GROUP BY {', '.join(columns)} ORDER BY SUM(u.pictures) DESC, {', '.join(columns)}" if columns else "")
-        )
-        bounds = (since.timestamp() if since else 0.0, until.timestamp() if until else float("inf"))
-
-        def read(connection: sqlite3.Connection) -> list[tuple[Any, ...]]:
-            return connection.execute(query, bounds).fetchall()
+        columns = [self._column(group) for group in groups]
+        sums = [func.coalesce(func.sum(what), 0) for what in (_USAGE.c.pictures, _USAGE.c.pictures * _USAGE.c.steps, _USAGE.c.flagged)]
+        query: Select[Any] = select(*columns, func.count(), *sums)
+        query = query.select_from(_USAGE.outerjoin(_LORAS, _LORAS.c.usage == _USAGE.c.id) if "lora" in groups else _USAGE)
+        if since:
+            query = query.where(_USAGE.c.at >= since.timestamp())
+        if until:
+            query = query.where(_USAGE.c.at < until.timestamp())
+        if columns:
+            query = query.group_by(*columns).order_by(func.sum(_USAGE.c.pictures).desc(), *columns)
 
         def shown(group: Group, value: Any) -> str | None:
             return str(bool(value)).lower() if group == "commercial" else value
 
         size = len(groups)
-        return [Line({g: shown(g, v) for g, v in zip(groups, row[:size], strict=True)}, *row[size:]) for row in self._use(read)]
+        rows = self._use(lambda connection: connection.execute(query).all())
+        return [Line({g: shown(g, v) for g, v in zip(groups, row[:size], strict=True)}, *map(int, row[size:])) for row in rows]
+
+    def pictures_since(self, since: datetime, key: str) -> int:
+        """How many pictures a key has had made; raises as `report`."""
+        query = select(func.coalesce(func.sum(_USAGE.c.pictures), 0)).where(_USAGE.c.key == key, _USAGE.c.at >= since.timestamp())
+        return int(self._use(lambda connection: connection.execute(query).scalar_one()))
 
     def close(self) -> None:
         with self._lock:
             self._close()
 
-    def _use(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """`work` on the open file; once more on a new one where it is corrupt or was taken away."""
-        with self._lock:
-            if self._connection is not None and not self.path.exists():
-                self._close()
-            try:
-                return work(self._open())
-            except sqlite3.DatabaseError as error:
-                self._close()
-                if not corrupt.is_corrupt(error):
-                    raise
-                log.error("the usage log %s is corrupt (%s); it is now %s, and a new one begins", self.path, error, corrupt.move_aside(self.path))
-                return work(self._open())
+    def __str__(self) -> str:
+        return str(self.file or self.url.render_as_string(hide_password=True))
 
-    def _open(self) -> sqlite3.Connection:
-        if self._connection is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self.path, timeout=5, check_same_thread=False)
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = NORMAL")
-                _upgrade(connection)
-            except BaseException:
-                connection.close()
+    def _column(self, group: Group) -> ColumnElement[Any]:
+        at = _USAGE.c.at
+        day = func.date(at, "unixepoch") if self.file else func.to_char(func.timezone("UTC", func.to_timestamp(at)), "YYYY-MM-DD")
+        columns: dict[Group, ColumnElement[Any]] = {"key": _USAGE.c.key, "model": _USAGE.c.model, "lora": _LORAS.c.lora, "day": day.label("day"), "commercial": _USAGE.c.commercial}
+        return columns[group]
+
+    def _use(self, work: Callable[[Connection], T]) -> T:
+        """`work` on the open log; once more on a new file where it is corrupt or was taken away."""
+        engine = self._opened()
+        try:
+            with engine.begin() as connection:
+                return work(connection)
+        except DatabaseError as error:
+            if not self.file or not database.is_corrupt(error.orig):
                 raise
-            self._connection = connection
-        return self._connection
+            with self._lock:
+                if self._engine is engine:  # no other thread has seen it before
+                    self._close()
+                    log.error("the usage log %s is corrupt (%s); it is now %s, and a new one begins", self, error.orig, database.move_aside(self.file))
+        with self._opened().begin() as connection:
+            return work(connection)
+
+    def _opened(self) -> Engine:
+        with self._lock:
+            if self.file and not self.file.exists():
+                self._close()
+            if self._engine is None:
+                self._engine = SCHEMA.open(self.url)
+            return self._engine
 
     def _close(self) -> None:
-        if self._connection is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._connection.close()
-            self._connection = None
-
-
-def _upgrade(connection: sqlite3.Connection) -> None:
-    """Bring a file to this version, once, whichever process comes first.
-
-    Raises:
-        LaterVersion: for a file that a later Easel has written.
-    """
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(_ADDED):
-        raise LaterVersion(f"The usage log's version is {version}, and this Easel knows {len(_ADDED)}: use the Easel that wrote it, or another usage.path")
-    connection.executescript(_SCHEMA)
-    if version == len(_ADDED):
-        return
-    with connection:
-        connection.execute("BEGIN IMMEDIATE")
-        for statement in _ADDED[connection.execute("PRAGMA user_version").fetchone()[0] :]:
-            connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {len(_ADDED)}")
+        if self._engine is not None:
+            self._engine.dispose()
+            self._engine = None

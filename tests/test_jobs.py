@@ -290,7 +290,7 @@ def test_each_job_is_claimed_once_and_keys_take_turns(tmp_path: Path) -> None:
     assert [job.id for job in two.claim(["StableDiffusion"], 1)] == [other.id]
     assert [job.id for job in two.claim(["StableDiffusion"], 5)] == [second.id]
     assert one.claim(["StableDiffusion"], 5) == []
-    assert one.active("a") == (2, 2)
+    assert one.take("a", 3)[1:] == (3, 5)
     assert one.mine(second.id) is None
     assert one.finish(second.id, "succeeded") is None  # only who has the lease may say so
     assert two.work(second.id)[0].prompt == "x"
@@ -342,7 +342,7 @@ def test_a_store_of_an_earlier_version_is_brought_to_this_one_once_with_what_it_
     assert version_of(path) == 1
     with sqlite3.connect(path) as connection:  # the first ones had no version
         connection.execute("DROP TABLE jobs_schema")
-    monkeypatch.setattr(job_store, "_ADDED", ["ALTER TABLE jobs ADD COLUMN colour TEXT NOT NULL DEFAULT 'red'"])
+    monkeypatch.setattr(job_store.SCHEMA, "added", ["ALTER TABLE jobs ADD COLUMN colour TEXT NOT NULL DEFAULT 'red'"])
     with ThreadPoolExecutor(4) as pool:  # processes that start at once
         stores = list(pool.map(lambda _: stored(tmp_path), range(4)))
     with sqlite3.connect(path) as connection:
@@ -376,7 +376,7 @@ def test_a_store_of_a_later_version_is_refused_and_left_alone(tmp_path: Path) ->
 def test_a_corrupt_store_is_moved_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, content = tmp_path / "jobs.sqlite3", b"this is no database" * 500
     path.write_bytes(content)
-    job_store.check(Jobs(store=f"sqlite:///{path}"))  # at start, nothing stands in the way
+    job_store.SCHEMA.check(f"sqlite:///{path}")  # at start, nothing stands in the way
     assert path.read_bytes() == content
     store = stored(tmp_path)
     assert add(store).status == "queued"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from typing import Any
 
 import kubernetes_validate
@@ -75,6 +77,53 @@ def test_each_object_is_what_kubernetes_takes(found: dict[str, Any]) -> None:
         kubernetes_validate.validate({"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "x"}, "spec": target}, "1.37", strict=True)
     else:
         kubernetes_validate.validate(found, "1.37", strict=True)
+
+
+COMPONENT = FOLDER / "shared"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What kubectl makes of the base with the component, for several entries."""
+    if not shutil.which("kubectl"):
+        pytest.skip("needs kubectl")
+    overlay = tmp_path_factory.mktemp("overlay")
+    shutil.copytree(FOLDER, overlay / "easel", ignore=shutil.ignore_patterns("secrets"))
+    for folder, generator in ((overlay / "easel", KUSTOMIZATION), (overlay / "easel/shared", yaml.safe_load((COMPONENT / "kustomization.yaml").read_text()))):
+        (folder / "secrets").mkdir()
+        for file in generator["secretGenerator"][0]["files"]:
+            (folder / file.rpartition("=")[2]).write_text("postgresql+psycopg://easel@db/easel")
+    (overlay / "kustomization.yaml").write_text("namespace: easel\nresources: [easel]\ncomponents: [easel/shared]\nreplicas: [{name: easel-entry, count: 3}]\n")
+    return list(yaml.safe_load_all(subprocess.run(["kubectl", "kustomize", str(overlay)], check=True, capture_output=True, text=True, timeout=60).stdout))
+
+
+def test_several_entries_share_a_database_whose_address_is_secret(shared: list[dict[str, Any]]) -> None:
+    for found in shared:
+        if found["kind"] not in CUSTOM:
+            kubernetes_validate.validate(found, "1.37", strict=True)
+    entry = next(o for o in shared if called(o) == "Deployment easel-entry")["spec"]
+    assert (entry["replicas"], entry["strategy"]["type"]) == (3, "RollingUpdate")
+    (container,) = entry["template"]["spec"]["containers"]
+    secret = next(o["metadata"]["name"] for o in shared if o["kind"] == "Secret" and o["metadata"]["name"].startswith("easel-database-"))
+    given = {e["name"]: e for e in container["env"]}
+    for setting in ("EASEL_JOBS__STORE", "EASEL_USAGE__STORE"):
+        assert given[setting] == {"name": setting, "valueFrom": {"secretKeyRef": {"name": secret, "key": "url"}}}
+    # What one pod alone may mount is no longer there.
+    claims = {v["persistentVolumeClaim"]["claimName"] for v in entry["template"]["spec"]["volumes"] if "persistentVolumeClaim" in v}
+    single = {o["metadata"]["name"] for o in shared if o["kind"] == "PersistentVolumeClaim" and o["spec"]["accessModes"] == ["ReadWriteOnce"]}
+    assert (claims, single) == ({"easel-data"}, {"easel-entry"})
+    assert next(o for o in shared if called(o) == "Service easel")["spec"]["sessionAffinity"] == "ClientIP"
+    (rule,) = next(o for o in shared if called(o) == "NetworkPolicy easel-entry-database")["spec"]["egress"]
+    assert rule == {"ports": [{"port": 5432}]}
+
+
+def test_every_file_of_the_component_is_in_it_and_no_secret_is() -> None:
+    component = yaml.safe_load((COMPONENT / "kustomization.yaml").read_text())
+    assert {p.name for p in COMPONENT.glob("*.yaml")} == {"kustomization.yaml", *component["resources"], *(patch["path"] for patch in component["patches"])}
+    for name in component["resources"]:
+        for found in yaml.safe_load_all((COMPONENT / name).read_text()):
+            kubernetes_validate.validate(found, "1.37", strict=True)
+    assert (ROOT / ".gitignore").read_text().splitlines().count("deploy/kubernetes/shared/secrets/") == 1
 
 
 def test_the_schemas_find_mistakes() -> None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine
 
 from core.auth import Caller
 from core.catalogue import Catalogue
+from core.job_store import Store
 from core.plans import Plan
 from core.problems import Problem
 from core.quotas import Quotas
 from core.requests import GenerationRequest
-from core.settings import Quota, QuotaSettings, Settings
+from core.settings import Jobs, Quota, QuotaSettings, Settings
 from tests.conftest import ADMIN, Server, serving, wait_for
 
 DRAW = {"prompt": "red apple", "num_inference_steps": 1}
@@ -97,43 +100,94 @@ def plan(client: str) -> Plan:
     return Catalogue(Settings()).plan(GenerationRequest(prompt="x", count_returned=2), None, client)
 
 
-def test_a_restart_goes_on_from_the_usage_log() -> None:
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(Jobs(store=f"sqlite:///{tmp_path}/jobs.sqlite3"))
+    yield store
+    store.close()
+
+
+def test_what_the_usage_log_has_counts(store: Store) -> None:
     async def scenario() -> None:
-        quotas = Quotas(QuotaSettings(pictures_per_day=5), set(), lambda client: 2)
-        async with quotas.work(plan("me")):
-            pass
+        made = [2]
+        quotas = Quotas(QuotaSettings(pictures_per_day=5), set(), lambda: store, lambda client: sum(made))
+        async with quotas.place(plan("me")):
+            made.append(2)
         with pytest.raises(Problem, match="1 are left, and 2 were asked for"):
-            async with quotas.work(plan("me")):
+            async with quotas.place(plan("me")):
                 pass
 
     asyncio.run(scenario())
 
 
-def test_pictures_in_the_making_are_spoken_for() -> None:
+def test_pictures_in_the_making_are_spoken_for(store: Store) -> None:
     async def scenario() -> None:
-        quotas = Quotas(QuotaSettings(pictures_per_day=3), set())
-        async with quotas.work(plan("me")):
+        quotas = Quotas(QuotaSettings(pictures_per_day=3), set(), lambda: store, lambda _: 0)
+        async with quotas.place(plan("me")):
             with pytest.raises(Problem, match="1 are left"):
-                async with quotas.work(plan("me")):
+                async with quotas.place(plan("me")):
                     pass
         with pytest.raises(RuntimeError):
-            async with quotas.work(plan("other")):
+            async with quotas.place(plan("other")):
                 raise RuntimeError("failed")
-        async with quotas.work(plan("other")):
+        async with quotas.place(plan("other")):
             pass
 
     asyncio.run(scenario())
 
 
-def test_a_store_that_is_gone_lets_requests_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_requests_at_the_same_time_as_many_pass_as_may(store: Store) -> None:
+    async def scenario() -> int:
+        quotas = Quotas(QuotaSettings(concurrent=3), set(), lambda: store, lambda _: 0)
+        passed, done = [], asyncio.Event()
+
+        async def one() -> None:
+            async with quotas.place(plan("me")):
+                passed.append(1)
+                await done.wait()
+
+        requests = [asyncio.create_task(one()) for _ in range(8)]
+        while sum(request.done() for request in requests) < 5:
+            await asyncio.sleep(0.01)
+        done.set()
+        await asyncio.gather(*requests, return_exceptions=True)
+        return len(passed)
+
+    assert asyncio.run(scenario()) == 3
+    assert store.take("me", 1)[1:] == (1, 1)  # all have given theirs back
+
+
+def test_the_places_of_a_process_that_died_are_free_again(tmp_path: Path) -> None:
+    dead, alive = (Store(Jobs(store=f"sqlite:///{tmp_path}/jobs.sqlite3", lease_s=lease)) for lease in (0.05, 60))
+    dead.take("me", 4)
+    assert alive.take("me", 1)[1:] == (2, 5)
+    dead.beat([])
+    time.sleep(0.1)
+    assert alive.take("me", 1)[1:] == (2, 2)
+    alive.sweep()
+    for each in (dead, alive):
+        each.close()
+    with sqlite3.connect(tmp_path / "jobs.sqlite3") as connection:
+        assert connection.execute("SELECT count(*) FROM places").fetchone() == (2,)
+    connection.close()
+
+
+def test_a_store_that_is_gone_lets_requests_pass(store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     async def broken(*_: object, **__: object) -> bool:
         raise ConnectionError("gone")
 
-    quotas = Quotas(QuotaSettings(requests_per_minute=1), set())
+    async def scenario() -> None:
+        async with quotas.place(plan("me")):
+            pass
+
+    quotas = Quotas(QuotaSettings(requests_per_minute=1, concurrent=1), set(), lambda: store, lambda _: 0)
     monkeypatch.setattr(quotas._requests, "hit", broken)
     assert asyncio.run(quotas.request(Caller("me", "user"))) == {}
+    monkeypatch.setattr(store, "_engine", create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none"))
+    asyncio.run(scenario())
+    assert "does not answer; the request passes" in caplog.text
 
 
 def test_admins_have_only_limits_of_their_own() -> None:
-    quotas = Quotas(QuotaSettings(concurrent=1, keys={"0123456789ab": Quota(concurrent=2)}), {"0123456789ab", "ba9876543210"})
+    quotas = Quotas(QuotaSettings(concurrent=1, keys={"0123456789ab": Quota(concurrent=2)}), {"0123456789ab", "ba9876543210"}, lambda: pytest.fail("not asked"), lambda _: 0)
     assert [quotas.of(client).concurrent for client in ("user", "0123456789ab", "ba9876543210")] == [1, 2, None]

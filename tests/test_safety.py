@@ -241,18 +241,18 @@ def test_every_drawn_prompt_is_checked_as_it_is_drawn(listed: Catalogue, prompt:
 def test_counts_of_an_older_usage_log_go_on(tmp_path: Path) -> None:
     import sqlite3
 
-    from core import usage
-    from tests.test_usage import drawn
+    from core.database import in_file
+    from core.usage import Ledger
+    from tests.test_usage import FIRST, drawn
     from tests.test_usage import plan as asked
 
     path = tmp_path / "usage.sqlite3"
-    with sqlite3.connect(path) as connection:  # as it was before there was a version
-        connection.executescript(usage._SCHEMA)
-        connection.execute("INSERT INTO usage (at, key, model, pictures, width, height, steps, commercial, commercial_use, credit) VALUES (1,'k','m',3,1,1,1,0,0,'[]')")
+    with sqlite3.connect(path) as connection:
+        connection.executescript(FIRST)
     connection.close()
     made = drawn(2)
     assert made.ran is not None
     flagged = made.model_copy(update={"ran": made.ran.model_copy(update={"flagged": [0]})})
-    for ledger in (usage.Ledger(path), usage.Ledger(path)):
+    for ledger in (Ledger(in_file(path)), Ledger(in_file(path))):
         ledger.append(asked(), flagged)
-    assert [(line.pictures, line.flagged) for line in ledger.report(None, None, [])] == [(7, 2)]
+    assert [(line.pictures, line.flagged) for line in ledger.report(None, None, [])] == [(8, 2)]

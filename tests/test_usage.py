@@ -20,16 +20,34 @@ from huggingface_hub import constants
 from api import answering
 from core import metadata
 from core.catalogue import Catalogue
+from core.database import in_file
 from core.generation import AppliedLora, Generation, Ran, Timing
 from core.model_settings import Model, Models
 from core.plans import Pixels, Plan
 from core.problems import Problem
 from core.requests import GenerationRequest
 from core.settings import ROOT, Settings
-from core.usage import _SCHEMA, Ledger, Line
+from core.usage import SCHEMA, Ledger, Line
 from core.versions import LaterVersion
 from runners.device import Device
 
+# As the first version made it: without a column for flagged pictures.
+FIRST = """
+CREATE TABLE usage (
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL, pictures INTEGER NOT NULL,
+    width INTEGER NOT NULL, height INTEGER NOT NULL, steps INTEGER NOT NULL,
+    commercial INTEGER NOT NULL, commercial_use INTEGER NOT NULL, credit TEXT NOT NULL);
+CREATE TABLE usage_loras (
+    usage INTEGER NOT NULL REFERENCES usage (id), lora TEXT NOT NULL, weight REAL NOT NULL, sha256 TEXT NOT NULL);
+CREATE INDEX usage_at ON usage (at);
+CREATE INDEX usage_loras_usage ON usage_loras (usage);
+CREATE TRIGGER usage_kept BEFORE DELETE ON usage BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER usage_unchanged BEFORE UPDATE ON usage BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER usage_loras_kept BEFORE DELETE ON usage_loras BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER usage_loras_unchanged BEFORE UPDATE ON usage_loras BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+INSERT INTO usage VALUES (1, 0, 'k1', 'm', 4, 64, 64, 25, 0, 1, '[]');
+INSERT INTO usage_loras VALUES (1, 'a', 1, '00');
+"""
 CATALOGUE = Catalogue(Settings(models=Models(default="m", catalogue=[Model(id="m", family="starter", commercial_use=True)])))
 
 
@@ -49,7 +67,12 @@ def drawn(pictures: int = 1, loras: tuple[str, ...] = (), steps: int = 25) -> Ge
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    return Ledger(tmp_path / "usage.sqlite3")
+    return Ledger(in_file(tmp_path / "usage.sqlite3"))
+
+
+def file(ledger: Ledger) -> Path:
+    assert ledger.file is not None
+    return ledger.file
 
 
 def total(ledger: Ledger) -> Line:
@@ -81,11 +104,11 @@ def test_a_report_is_bounded_in_time(ledger: Ledger) -> None:
 def test_nothing_written_can_be_changed_and_no_prompt_is_written(ledger: Ledger) -> None:
     ledger.append(plan(), drawn(1, ("a",)))
     ledger.close()
-    with sqlite3.connect(ledger.path) as connection:
+    with sqlite3.connect(file(ledger)) as connection:
         for statement in ("DELETE FROM usage", "UPDATE usage SET pictures = 0", "DELETE FROM usage_loras", "UPDATE usage_loras SET lora = 'x'"):
             with pytest.raises(sqlite3.IntegrityError, match="append-only"):
                 connection.execute(statement)
-    assert b"secret" not in ledger.path.read_bytes()
+    assert b"secret" not in file(ledger).read_bytes()
 
 
 def test_a_failure_draws_no_line(ledger: Ledger) -> None:
@@ -94,7 +117,7 @@ def test_a_failure_draws_no_line(ledger: Ledger) -> None:
 
 
 def test_processes_and_threads_lose_nothing(ledger: Ledger) -> None:
-    ledgers = [ledger, Ledger(ledger.path)]
+    ledgers = [ledger, Ledger(ledger.url)]
     threads = [threading.Thread(target=lambda one=one: [one.append(plan(), drawn()) for _ in range(20)]) for one in ledgers * 2]
     for thread in threads:
         thread.start()
@@ -109,36 +132,47 @@ def test_a_corrupt_file_is_moved_aside(ledger: Ledger, caplog: pytest.LogCapture
         ledger.append(plan(), drawn())
         ledger.close()
     content = b"this is no database" * 500
-    ledger.path.write_bytes(content)
+    file(ledger).write_bytes(content)
     with caplog.at_level(logging.ERROR):
         ledger.append(plan(), drawn(2))
     assert total(ledger).pictures == 2
-    aside = list(ledger.path.parent.glob("usage.sqlite3.corrupt-*"))
+    aside = list(file(ledger).parent.glob("usage.sqlite3.corrupt-*"))
     assert [p.read_bytes() for p in aside if not p.name.endswith(("-wal", "-shm"))] == [content]
     assert "corrupt" in caplog.text
 
 
-def test_an_earlier_versions_file_is_brought_to_this_one_with_what_it_holds(ledger: Ledger) -> None:
-    with sqlite3.connect(ledger.path) as connection:  # the first version had no column for flagged pictures
-        connection.executescript(_SCHEMA)
-        connection.execute("INSERT INTO usage VALUES (1, 0, 'k1', 'm', 4, 64, 64, 25, 0, 1, '[]')")
+@pytest.mark.parametrize("version", [0, 1])
+def test_an_earlier_versions_file_is_brought_to_this_one_with_what_it_holds(ledger: Ledger, version: int) -> None:
+    with sqlite3.connect(file(ledger)) as connection:
+        connection.executescript(FIRST)
+        if version == 1:
+            connection.executescript("ALTER TABLE usage ADD COLUMN flagged INTEGER NOT NULL DEFAULT 0; PRAGMA user_version = 1")
     connection.close()
-    ledger.prepare()
-    ledger.append(plan(), drawn(3))
-    assert total(ledger) == Line({}, requests=2, pictures=7, picture_steps=175, flagged=0)
+    SCHEMA.check(ledger.url)
+    threads = [threading.Thread(target=Ledger(ledger.url).append, args=(plan(), drawn(1))) for _ in range(3)]  # processes that start at once
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert total(ledger) == Line({}, requests=4, pictures=7, picture_steps=175, flagged=0)
+    assert {line.group["lora"]: line.pictures for line in ledger.report(None, None, ["lora"])} == {"a": 4, None: 3}
+    with sqlite3.connect(file(ledger)) as connection:
+        assert connection.execute("SELECT version FROM usage_schema").fetchall() == connection.execute("PRAGMA user_version").fetchall() == [(2,)]
+        assert "usage_key" in {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+    connection.close()
 
 
 def test_a_later_versions_file_is_refused_and_left_alone(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
-    with sqlite3.connect(ledger.path) as connection:
+    with sqlite3.connect(file(ledger)) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(LaterVersion, match="version is 99, and this Easel knows 1"):
-        ledger.prepare()
+    with pytest.raises(LaterVersion, match="version of the usage log is 99, and this Easel knows 2"):
+        SCHEMA.check(ledger.url)
     ledger.append(plan(), drawn())
     assert "not in the usage log" in caplog.text
     with pytest.raises(LaterVersion):
         ledger.report(None, None, [])
-    with sqlite3.connect(ledger.path) as connection:
+    with sqlite3.connect(file(ledger)) as connection:
         assert connection.execute("SELECT name FROM sqlite_master").fetchall() == []
     connection.close()
 
@@ -153,12 +187,12 @@ def test_easel_does_not_start_with_a_later_versions_file(tmp_path: Path) -> None
         env={**os.environ, "EASEL_USAGE__PATH": str(path), "API_KEY": "k", "ADMIN_API_KEY": "a"},
     )  # fmt: skip
     assert started.returncode == 1
-    assert started.stderr.strip().endswith("Easel cannot start. The usage log's version is 99, and this Easel knows 1: use the Easel that wrote it, or another usage.path")
+    assert started.stderr.strip().endswith("Easel cannot start. The version of the usage log is 99, and this Easel knows 2: use the Easel that wrote it, or another usage.path or usage.store")
 
 
 def test_a_file_taken_away_is_begun_anew(ledger: Ledger) -> None:
     ledger.append(plan(), drawn())
-    for path in ledger.path.parent.glob("usage.sqlite3*"):
+    for path in file(ledger).parent.glob("usage.sqlite3*"):
         path.unlink()
     ledger.append(plan(), drawn(3))
     assert total(ledger).pictures == 3
@@ -167,7 +201,7 @@ def test_a_file_taken_away_is_begun_anew(ledger: Ledger) -> None:
 def test_a_log_that_cannot_be_written_is_logged_and_fails_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "folder").mkdir()
     with caplog.at_level(logging.ERROR):
-        Ledger(tmp_path / "folder").append(plan(), drawn())
+        Ledger(in_file(tmp_path / "folder")).append(plan(), drawn())
     assert "not in the usage log" in caplog.text
 
 

@@ -2,7 +2,7 @@
 # Build a Bento and its image: deploy/container/build.sh [cuda|cpu]. With buildah, which needs no
 # engine; else with `bentoml containerize` and Docker. FORMAT=oci leaves the health check out, which
 # OCI's own image format does not have. WHEELS: a folder with torch's wheel, mounted while building with
-# buildah, where no index has it. See docs/container.md.
+# buildah, where no index has it. PACKAGES: more of PyPI's, by their pins. See docs/container.md.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 flavour=${1:-cuda}
@@ -19,6 +19,8 @@ bento=$("$bentoml" get "$tag" -o path)
     echo 'no-cache = true'
     if [ -n "${WHEELS:-}" ]; then printf '[pip]\nfind-links = ["%s"]\n' "$WHEELS"; elif [ "$flavour" = cpu ]; then printf '[pip]\ntorch-backend = "cpu"\n'; fi
 } > "$bento/env/python/uv.toml"
+
+[ -z "${PACKAGES:-}" ] || tr ' ' '\n' <<< "$PACKAGES" >> "$bento/env/python/requirements.txt"
 
 arguments=(--build-arg "FLAVOUR=$flavour" --build-arg "BENTO=$bento_image" --build-arg "VERSION=$version" -f deploy/container/Dockerfile -t "$image" deploy/container)
 if command -v buildah > /dev/null; then
