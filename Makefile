@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Debian's packages for tests, which skip what is missing: promtool
 SYSTEM := prometheus chromium chromium-driver postgresql
 
-.PHONY: help serve test fuzz soak system lint lock sbom audit keys bench bento container prove-container clean
+.PHONY: help serve test fuzz soak load system lint lock sbom audit keys bench bento container prove-container clean
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
 
@@ -35,6 +35,9 @@ fuzz: .venv/test.stamp  ## fuzz the HTTP contract and the picture decoder at len
 
 soak: .venv/test.stamp  ## an hour of mixed work, which must leave the server as it was
 	$(BIN)/python -m tests.reliability.soak --minutes 60
+
+load: .venv/test.stamp  ## more requests than the server can do, which must not make it slower
+	$(BIN)/python -m tests.reliability.load --minutes 5
 
 bento: .venv/serve.stamp  ## build a Bento
 	EASEL_AUTH__MODE=off $(BIN)/bentoml build

@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from core.plans import Pixels
 from core.status import PlanProgress, Progress, QueueStatus
 
 log = logging.getLogger("easel.queue")
+PACE = 8  # how many of the last times that places became free tell when the next will
 R = TypeVar("R")
 W = TypeVar("W")
 
@@ -113,6 +114,7 @@ class DeviceQueue:
         self._running: list[Job[Any]] = []
         self._count = 0
         self._mean_s: float | None = None
+        self._freed: deque[tuple[float, int]] = deque(maxlen=PACE)  # when places became free, since the queue was last empty, and how many
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
@@ -131,7 +133,7 @@ class DeviceQueue:
                 raise problems.problem(
                     429, "queue-full", "Too many requests",
                     f"The {whose} full ({self._count} requests wait). Try again later.",
-                    retry_after=self._wait_s(own if self._count < self.limit else self._count),
+                    retry_after=self._wait_s(1 if self._count >= self.limit else len(self._waiting)),
                 )
             self._waiting.setdefault(job.client, OrderedDict())[job] = None
             self._by_id[job.id] = job
@@ -165,6 +167,7 @@ class DeviceQueue:
                         taken += rows
                         found = True
             self._running += joined
+            self._note_freed(len(joined))
         return [job for job in joined if self._begun(job)]
 
     def settle(self, job: Job[R], outcome: Callable[[], R]) -> None:
@@ -264,9 +267,23 @@ class DeviceQueue:
         self._by_id.clear()
         self._count = 0
 
-    def _wait_s(self, ahead: int) -> int:
-        """Seconds until a place is likely to be free: one service time, at least a second."""
-        return max(1, math.ceil((self._mean_s or 1) * min(ahead, 2)))
+    def _wait_s(self, turns: int) -> int:
+        """Seconds until a place is likely to be free, once so many keys have had their turn: as long as it lately took, less what
+        has passed since, and at least a second."""
+        if len(self._freed) < 2:
+            return max(1, math.ceil(self._mean_s or 1))
+        (first, _), (last, _) = self._freed[0], self._freed[-1]
+        gaps = len(self._freed) - 1
+        gap, places = (last - first) / gaps, sum(count for _, count in self._freed) / len(self._freed)
+        passed = time.monotonic() - last
+        wait = gap * math.ceil(turns / places)
+        return max(1, math.ceil(wait - passed if passed < gap else wait))
+
+    def _note_freed(self, places: int) -> None:
+        if not self._count:
+            self._freed.clear()
+        elif places:
+            self._freed.append((time.monotonic(), places))
 
     def _next(self) -> list[Job[Any]]:
         """The next job in turn, the first of the key that has waited longest for its turn, and those
@@ -278,6 +295,7 @@ class DeviceQueue:
                 return []
             first = self._take(next(iter(self._waiting)))
             self._running = [first, *(self._companions(first.share) if first.share and first.share.run else [])]
+            self._note_freed(len(self._running))
             return list(self._running)
 
     def _take(self, client: str) -> Job[Any]:

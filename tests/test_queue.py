@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -60,6 +61,27 @@ def test_a_full_queue_answers_429_with_retry_after(queue: DeviceQueue) -> None:
     assert (status(own), status(full)) == (429, 429)
     assert int(full.value.headers["Retry-After"]) >= 1
     assert (queue.status().running, queue.status().waiting) == (1, 6)
+    blocker.go.set()
+
+
+@pytest.mark.parametrize(("freed", "own", "whole"), [([(16, 1), (12, 1), (8, 1), (4, 1)], 8, 4), ([(16, 2), (11, 2), (6, 2), (1, 2)], 4, 4), ([(4, 8)], 1, 1)], ids=["one by one", "two by two", "not known yet"])
+def test_retry_after_is_how_long_places_lately_took_to_become_free(queue: DeviceQueue, freed: list[tuple[float, int]], own: int, whole: int) -> None:
+    """`freed`: how long ago, and how many. A key whose share is full waits for its turn among two."""
+    blocker = Blocker(queue)
+    for client, number in [("b", 1), ("a", 1), ("a", 2), ("a", 3), ("a", 4)]:
+        with contextlib.suppress(Problem):
+            queue.submit(Job(f"{client}{number}", client, lambda job: None, 60))
+    told = []
+    for client in ("a", "c"):
+        if client == "c":
+            queue.limit = 0
+        queue._freed.clear()
+        queue._freed.extend((time.monotonic() - ago, count) for ago, count in freed)
+        with pytest.raises(Problem) as caught:
+            queue.submit(Job("more", client, lambda job: None, 60))
+        told.append(caught.value.details.retry_after)
+    assert told[0] in (own, own + 1)
+    assert told[1] in (whole, whole + 1)
     blocker.go.set()
 
 
