@@ -41,7 +41,7 @@ async def listening(monkeypatch: pytest.MonkeyPatch, **server: object) -> AsyncI
     settings = Settings(server={"patience_s": PATIENCE_S, **server})
     http = FastAPI()
     http.state.routes = []
-    door = gate.Gate(echo, settings=settings, keys=Keys(settings, Secrets(api_key="user-key")), quotas=Quotas(settings.quotas, set()), http=http, draining=Draining(1, 0))
+    door = gate.Gate(echo, settings=settings, keys=Keys(settings, Secrets(api_key="user-key")), quotas=Quotas(settings.quotas, set(), lambda: pytest.fail("not asked"), lambda _: 0), http=http, draining=Draining(1, 0))
     monkeypatch.setattr(server_context, "service_type", "entry_service")
     monkeypatch.setattr(connections.Bounded, "bounds", settings.server, raising=False)
     monkeypatch.setattr(connections.Bounded, "most", settings.server.connections, raising=False)

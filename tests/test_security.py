@@ -46,7 +46,7 @@ def asked(path: str, headers: dict[str, str], method: str = "GET", mode: str = "
     settings = Settings(auth={"mode": mode})
     http = FastAPI()
     http.state.routes = []
-    door = gate.Gate(JSONResponse({}), settings=settings, keys=Keys(settings, SECRETS), quotas=Quotas(settings.quotas, set()), http=http, draining=Draining(1, 0))
+    door = gate.Gate(JSONResponse({}), settings=settings, keys=Keys(settings, SECRETS), quotas=Quotas(settings.quotas, set(), lambda: pytest.fail("not asked"), lambda _: 0), http=http, draining=Draining(1, 0))
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url=at) as client:
