@@ -32,6 +32,7 @@ Follow = Callable[[Runner], Awaitable[None]]
 # By the names of the entry's dependencies.
 SERVICES: dict[Service, str] = {"StableDiffusion": "stable_diffusion", "UniDiffuser": "unidiffuser"}
 ANSWER_S = 3.0
+KEPT_S = 2.0  # an idle connection to a worker
 ATTEMPTS = 2
 
 
@@ -77,13 +78,14 @@ def workers_of(name: Service) -> dict[str, Runner]:
 
 async def connect(entry: Any, elsewhere: set[str], key: str) -> None:
     """Let every call through from the entry to the workers, whose queues have bounds of their own. aiohttp keeps to 100 connections
-    at once, and the next call, a probe, say, would wait for a picture to be done. The key is shown to those that are served elsewhere."""
+    at once, and the next call, a probe, say, would wait for a picture to be done. It also keeps idle ones for 15 s, while uvicorn, at the
+    worker, closes them after 5: a call that takes one at that moment breaks. The key is shown to those that are served elsewhere."""
     for name, runner in _dependencies(entry).items():
         sessions = cast(Any, runner)._async._session_manager
         if name in elsewhere:
             sessions._headers = {**sessions._headers, "Authorization": f"Bearer {key}"}
         session = await sessions.get_session()
-        session.connector._limit = 0
+        session.connector._limit, session.connector._keepalive_timeout = 0, KEPT_S
 
 
 class _Here:

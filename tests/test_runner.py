@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import uvicorn
 
 from api import backend, probing, reading
 from core.catalogue import Catalogue
@@ -169,3 +170,7 @@ def test_a_deadline_that_passes_is_a_504_but_for_models_that_are_downloaded(monk
     runner.device.queue.close()
     assert outcome.problem is not None
     assert outcome.problem.type.endswith(slug)
+
+
+def test_an_idle_connection_is_let_go_before_the_worker_closes_it() -> None:
+    assert uvicorn.Config("service:http").timeout_keep_alive / 2 > backend.KEPT_S

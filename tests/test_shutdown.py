@@ -124,3 +124,39 @@ def test_keys_are_made_once_and_only_readable_by_their_owner(tmp_path: Path, mon
     assert set(made) == {"API_KEY", "ADMIN_API_KEY"}
     assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
     assert keys.ensure(tmp_path / ".env") == {}
+
+
+def entries_of(server: Server) -> list[psutil.Process]:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [c for c in children if c.status() != psutil.STATUS_ZOMBIE and "ImageGeneration" in c.cmdline()]
+
+
+def test_an_entry_that_is_killed_under_load_comes_back_and_loses_no_job(tmp_path: Path) -> None:
+    with serving(tmp_path, {**ONE_MODEL, "jobs": {"lease_s": 10}}) as server:
+        seen: list[int] = []  # of each request the status; 0 where the connection broke
+        over = threading.Event()
+
+        def ask(seed: int) -> None:
+            while not over.is_set():
+                try:
+                    seen.append(server.post("/post_config", params={"prompt": "x", **FAST, "seed": seed}).status_code)
+                except requests.ConnectionError:
+                    seen.append(0)
+                over.wait(0.2)
+
+        clients = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
+        for client in clients:
+            client.start()
+        jobs = [server.post("/jobs", params={"prompt": "x", "num_inference_steps": 30, "seed": seed}).json()["id"] for seed in range(5)]
+        wait_for(lambda: seen.count(200) >= 3, 60, server)
+        (killed,) = entries_of(server)
+        killed.kill()
+        before = len(seen)
+        wait_for(lambda: [p for p in entries_of(server) if p != killed] != [] and server.is_ready(), 60, server)
+        wait_for(lambda: {server.get(f"/jobs/{job}").json()["status"] for job in jobs} == {"succeeded"}, 60, server)
+        wait_for(lambda: 200 in seen[before + 3 :], 60, server)
+        over.set()
+        for client in clients:
+            client.join(120)
+        assert set(seen) <= {200, 503, 0}
+        wait_for(lambda: server.get("/buffer_status").json()["queue"]["running"] == 0, 20, server)
