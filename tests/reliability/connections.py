@@ -115,7 +115,7 @@ def main() -> int:
     parser.add_argument("--idle", type=int, default=2000)
     parser.add_argument("--slow", type=int, default=700, help="of each kind")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), ONE_MODEL | {"server": {"patience_s": PATIENCE_S}}) as server:
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), ONE_MODEL | {"server": {"patience_s": PATIENCE_S, "least_rate": 2**17}}) as server:
         faults = asyncio.run(run(server, asked.idle, asked.slow, 20))
     print("\n".join(faults) if faults else "within all bounds")
     return int(bool(faults))
