@@ -17,19 +17,23 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
+from starlette.responses import Response
 
-from api import answering, document, reading, tasks
+from api import answering, document, reading, tasks, translated
+from api.backend import Service
 from api.routing import Runner
-from core import a1111, images, infotext, metadata, upscaling
-from core import multimodal as unidiffuser
+from api.tasks import Task, Uploads
+from api.translated import Translated
+from core import a1111, images, infotext, metadata, settings
 from core.a1111 import Extras, ImageToImage, TextToImage, unpacked
+from core.catalogue import Catalogue
 from core.generation import Generation, Ran
 from core.multimodal import CaptionRequest
 from core.plans import Inputs, Plan
-from core.problems import Problem, invalid_field, renamed
+from core.problems import invalid_field
 from core.requests import GenerationRequest
-from core.settings import Settings
 from core.status import PlanProgress
+from core.upscaling import UpscaleRequest
 
 router = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
 ASK_S = 3.0
@@ -95,21 +99,22 @@ class ImageToRead(BaseModel):
     model: str = "clip"
 
 
-@router.post("/txt2img", responses=document.refuses(499, *document.WORK), openapi_extra=document.takes_json(TextToImage))
-async def txt2img(request: Request) -> Drawn:
+@router.post("/txt2img", response_model=Drawn, responses=document.works(499), openapi_extra=document.takes_json(TextToImage))
+async def txt2img(request: Request) -> Response:
     """Draw pictures from a prompt."""
     asked = await _asked(TextToImage, request)
     wanted = await asyncio.to_thread(a1111.translated, asked, request.app.state.catalogue)
-    return await _draw(asked, wanted, None, request)
+    return await _done(_TXT2IMG, Translated[TextToImage, GenerationRequest](asked=asked, wanted=wanted), {}, request)
 
 
-@router.post("/img2img", responses=document.refuses(499, *document.WORK), openapi_extra=document.takes_json(ImageToImage))
-async def img2img(request: Request) -> Drawn:
+@router.post("/img2img", response_model=Drawn, responses=document.works(499), openapi_extra=document.takes_json(ImageToImage))
+async def img2img(request: Request) -> Response:
     """Draw pictures from a prompt and a picture, of which `mask` says what to repaint."""
     asked = await _asked(ImageToImage, request)
-    inputs = await asyncio.to_thread(_pictures, asked, request.app.state.settings)
-    wanted = await asyncio.to_thread(a1111.translated, asked, request.app.state.catalogue, inputs.image)
-    return await _draw(asked, wanted, inputs, request)
+    uploads = await asyncio.to_thread(_uploads, asked)
+    wanted = await asyncio.to_thread(_translated, asked, uploads, request.app.state.catalogue)
+    kept = {} if (asked.model_extra or {}).get("include_init_images") else {"init_images": [""], "mask": None}
+    return await _done(_IMG2IMG, Translated[ImageToImage, GenerationRequest](asked=asked.model_copy(update=kept), wanted=wanted), uploads, request)
 
 
 @router.get("/progress")
@@ -137,67 +142,64 @@ async def interrupt(request: Request) -> dict[str, Any]:
     return {}
 
 
-@router.post("/extra-single-image", responses=document.refuses(499, *document.WORK), openapi_extra=document.takes_json(Extras))
-async def extra_single_image(request: Request) -> Enlarged:
+@router.post("/extra-single-image", response_model=Enlarged, responses=document.works(499), openapi_extra=document.takes_json(Extras))
+async def extra_single_image(request: Request) -> Response:
     """Make a picture larger by an upscaler of GET /upscalers."""
     asked = await _asked(Extras, request)
-    settings: Settings = request.app.state.settings
-    picture = await asyncio.to_thread(images.decode, unpacked(asked.image, "image"), settings.limits)
-    try:
-        plan = upscaling.plan(request.app.state.catalogue, asked.translated(), picture, request.state.caller.id)
-    except Problem as problem:
-        raise renamed(problem, a1111.EXTRAS_NAMES) from None
-    generation = await _drawn(plan, request)
-    assert generation.ran is not None
-    file = (await asyncio.to_thread(answering.encode_all, generation, "png", 90, settings.metadata.embed))[0]
-    return Enlarged(image=base64.b64encode(file).decode(), html_info=metadata.parameters(generation.ran, generation.seeds[0]))
+    uploads = {"image": [await asyncio.to_thread(unpacked, asked.image, "image")]}
+    wanted = Translated[Extras, UpscaleRequest](asked=asked.model_copy(update={"image": ""}), wanted=asked.translated())
+    return await _done(_EXTRA, wanted, uploads, request)
 
 
 @router.post("/png-info", openapi_extra=document.takes_json(ImageToRead))
 async def png_info(request: Request) -> PngInfo:
     """What a picture's metadata say."""
     asked = await _asked(ImageToRead, request)
-    found = await asyncio.to_thread(images.describe, unpacked(asked.image, "image"), request.app.state.settings.limits)
+    found = await asyncio.to_thread(images.describe, unpacked(asked.image, "image"), settings.load().limits)
     text = found.texts.get("parameters", "")
     said = infotext.parse(text)
     parameters = {"Prompt": said.prompt, "Negative prompt": said.negative_prompt, **said.settings} if text else {}
     return PngInfo(info=text, items={name: value for name, value in found.texts.items() if name != "parameters"}, parameters=parameters)
 
 
-@router.post("/interrogate", responses=document.refuses(499, *document.WORK), openapi_extra=document.takes_json(ImageToRead))
-async def interrogate(request: Request) -> Interrogated:
+@router.post("/interrogate", response_model=Interrogated, responses=document.works(499), openapi_extra=document.takes_json(ImageToRead))
+async def interrogate(request: Request) -> Response:
     """Say what a picture shows, by UniDiffuser."""
     asked = await _asked(ImageToRead, request)
     if asked.model != "clip":
         raise invalid_field("model", f"there is no {asked.model[:40]!r} here", ["clip"], asked.model)
-    catalogue = tasks.catalogue("UniDiffuser")
-    picture = await asyncio.to_thread(images.decode, unpacked(asked.image, "image"), request.app.state.settings.limits)
-    square = images.square(picture, catalogue.find(None).size)
-    plan = unidiffuser.plan(catalogue, "caption", CaptionRequest(), [square], request.state.caller.id)
-    return Interrogated(caption=(await tasks.drawn(plan, request, "UniDiffuser")).texts[0])
+    uploads = {"image": [await asyncio.to_thread(unpacked, asked.image, "image")]}
+    wanted = Translated[ImageToRead, CaptionRequest](asked=asked.model_copy(update={"image": ""}), wanted=CaptionRequest())
+    return await tasks.done(_INTERROGATE, wanted, uploads, request)
 
 
 async def _asked(model: type[A], request: Request) -> A:
     return reading.check(model, await reading.read_json(request))
 
 
-def _pictures(asked: ImageToImage, settings: Settings) -> Inputs:
-    image = images.decode(unpacked(asked.init_images[0], "init_images"), settings.limits, "init_images")
-    return Inputs(image=image, mask=images.decode_mask(unpacked(asked.mask, "mask"), settings.limits) if asked.mask is not None else None)
+def _uploads(asked: ImageToImage) -> Uploads:
+    """The files of a request."""
+    image = {"image": [unpacked(asked.init_images[0], "init_images")]}
+    return image if asked.mask is None else image | {"mask": [unpacked(asked.mask, "mask")]}
 
 
-async def _draw(asked: TextToImage | ImageToImage, wanted: GenerationRequest, inputs: Inputs | None, request: Request) -> Drawn:
-    settings: Settings = request.app.state.settings
-    generation = await _drawn(await tasks.planned(wanted, inputs, request, a1111.NAMES), request)
-    assert generation.ran is not None
-    files = await asyncio.to_thread(answering.encode_all, generation, wanted.format, wanted.quality, settings.metadata.embed) if asked.send_images else []
-    parameters = asked.model_dump(exclude=None if (asked.model_extra or {}).get("include_init_images") else {"init_images", "mask"})
-    return Drawn(images=[base64.b64encode(file).decode() for file in files], parameters=parameters, info=json.dumps(_info(generation, generation.ran, asked), ensure_ascii=False))
+def _translated(asked: ImageToImage, uploads: Uploads, catalogue: Catalogue) -> GenerationRequest:
+    return a1111.translated(asked, catalogue, _inputs(uploads).image if asked.resize_mode else None)
 
 
-async def _drawn(plan: Plan, request: Request) -> Generation:
+def _inputs(uploads: Uploads) -> Inputs:
+    limits, masks = settings.load().limits, uploads.get("mask")
+    return Inputs(image=images.decode(uploads["image"][0], limits, "init_images"), mask=images.decode_mask(masks[0], limits) if masks else None)
+
+
+async def _done(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, request: Request) -> Response:
+    """What was drawn, with progress that can be asked for, or a job."""
+    return await tasks.done(task, wanted, uploads, request, _drawn)
+
+
+async def _drawn(plan: Plan, request: Request, service: Service) -> Generation:
     with _working(plan) as work:
-        return await tasks.drawn(plan, request, gone=work.stop, follow=work.follow)
+        return await tasks.drawn(plan, request, service, gone=work.stop, follow=work.follow)
 
 
 @contextlib.contextmanager
@@ -234,3 +236,31 @@ def _info(generation: Generation, ran: Ran, asked: TextToImage | ImageToImage) -
         "index_of_first_image": 0, "infotexts": [metadata.parameters(one, seed) for one, seed in zip(each, seeds, strict=True)], "styles": asked.styles, "job_timestamp": "0",
         "clip_skip": ran.clip_skip + 1, "is_using_inpainting_conditioning": False, "version": f"easel {ran.libraries['easel']}", "notes": ran.notes,
     }  # fmt: skip
+
+
+def _pictures_plan(wanted: GenerationRequest, uploads: Uploads, client: str) -> Plan:
+    return tasks.catalogue("StableDiffusion").plan(wanted, _inputs(uploads) if uploads else None, client)
+
+
+def _drawn_json(translated: Translated[Any, GenerationRequest], generation: Generation) -> Drawn:
+    assert generation.ran is not None
+    asked = translated.asked
+    files = answering.encode_all(generation, translated.format, translated.quality, settings.load().metadata.embed) if asked.send_images else []
+    parameters = asked.model_dump(exclude=None if (asked.model_extra or {}).get("include_init_images") else {"init_images", "mask"})
+    return Drawn(images=[base64.b64encode(file).decode() for file in files], parameters=parameters, info=json.dumps(_info(generation, generation.ran, asked), ensure_ascii=False))
+
+
+def _enlarged_json(_: Translated[Extras, UpscaleRequest], generation: Generation) -> Enlarged:
+    assert generation.ran is not None
+    (file,) = answering.encode_all(generation, "png", 90, settings.load().metadata.embed)
+    return Enlarged(image=base64.b64encode(file).decode(), html_info=metadata.parameters(generation.ran, generation.seeds[0]))
+
+
+def _interrogated_json(_: Translated[ImageToRead, CaptionRequest], generation: Generation) -> Interrogated:
+    return Interrogated(caption=generation.texts[0])
+
+
+_TXT2IMG = translated.task("a1111_txt2img", Translated[TextToImage, GenerationRequest], _pictures_plan, _drawn_json, names=a1111.NAMES)
+_IMG2IMG = translated.task("a1111_img2img", Translated[ImageToImage, GenerationRequest], _pictures_plan, _drawn_json, {"image": 1, "mask": 1}, names=a1111.NAMES)
+_EXTRA = translated.task("a1111_extra", Translated[Extras, UpscaleRequest], tasks.UPSCALE.plan, _enlarged_json, {"image": 1}, names=a1111.EXTRAS_NAMES)
+_INTERROGATE = translated.task("a1111_interrogate", Translated[ImageToRead, CaptionRequest], tasks.CAPTION.plan, _interrogated_json, {"image": 1}, service="UniDiffuser", pictures=False)

@@ -29,7 +29,7 @@ class AnimationApis:
         return path
 
 
-@router.post("/animate", response_class=Response, responses=_CONTENT | document.refuses(406, *document.WORK), openapi_extra=document.takes_query(AnimationRequest))
+@router.post("/animate", response_class=Response, responses=_CONTENT | document.works(406), openapi_extra=document.takes_query(AnimationRequest))
 async def animate(request: Request) -> Response:
     """Draw an animation from a prompt."""
     return await tasks.respond(tasks.ANIMATE, request)

@@ -7,6 +7,7 @@ definitions that they refer to in `$defs`, which `complete` moves to the documen
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -17,6 +18,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from api import answering, errors
+from core.jobs import JobSnapshot
 
 Json = dict[str, Any]
 Responses = dict[int | str, Json]
@@ -43,12 +45,17 @@ _REFUSALS = {
     507: "Out of memory on the device, or of room on the disk.",
 }
 # What may stand in the way of work on a device, beside what holds for every POST.
-WORK = (404, 409, 500, 503, 504, 507)
+_WORK = (404, 409, 500, 503, 504, 507)
 
 
 def refuses(*statuses: int) -> Responses:
     """Error answers of a route, for `responses`."""
     return {status: {"description": _REFUSALS[status]} for status in statuses}
+
+
+def works(*statuses: int) -> Responses:
+    """The answers of a route that has something made, beside what is made: a job, where its client prefers that, and errors."""
+    return refuses(*statuses, *_WORK) | gives("The job, where `Prefer: respond-async` asks for it.", {"application/json": JobSnapshot}, 202, ("Location", "Preference-Applied"))
 
 
 def gives(description: str, content: Mapping[str, Json | type[BaseModel]], status: int = 200, headers: Iterable[str] = ()) -> Responses:
@@ -124,6 +131,7 @@ def _completed(made: Json) -> Json:
         made["paths"][path] = {"get": {"tags": ["health"], "operationId": f"health_{path[1:]}", "summary": path[1:].title(), **deepcopy(operations)}}
     for path, operations in made["paths"].items():
         for method, operation in operations.items():
+            _preferences(path, operation)
             _refusals(path, method, operation)
             for status, answer in operation["responses"].items():
                 answer["headers"] = {name: _header(name) for name in _HEADERS_OF.get(status, ("X-Request-Id",))} | answer.get("headers", {})
@@ -133,6 +141,16 @@ def _completed(made: Json) -> Json:
     _hoist(made, schemas)
     made["components"]["schemas"] = dict(sorted(schemas.items()))
     return made
+
+
+def _preferences(path: str, operation: Json) -> None:
+    """The headers that routes heed which may answer a job of /jobs."""
+    if "JobSnapshot" not in json.dumps(operation["responses"].get("202", {}).get("content", {})):
+        return
+    heeded = [("Idempotency-Key", {"type": "string", "minLength": 1, "maxLength": 255}, "A key of the request's own: sent again within a day, the answer is the job that there is.")]
+    if path != "/jobs":
+        heeded.insert(0, ("Prefer", {"type": "string"}, "respond-async: answer 202 with a job at once."))
+    operation.setdefault("parameters", []).extend({"name": name, "in": "header", "required": False, "schema": kind, "description": told} for name, kind, told in heeded)
 
 
 def _refusals(path: str, method: str, operation: Json) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from api import backend, usage
 from api.backend import SERVICES
 from api.routing import Runner
-from api.tasks import TASKS, Task
+from api.tasks import Task, of_job
 from api.webhooks import Event, Webhooks
 from core import images, logs, problems
 from core.draining import Draining
@@ -96,7 +96,7 @@ class Work:
         logs.begin(job.id)
         try:
             plan, wanted, accept = await asyncio.to_thread(self.store.work, job.id)
-            task = TASKS[job.task]
+            task = of_job(job.task)
             try:
                 follow = partial(self._follow, job.id, plan, gone)
                 generation = await backend.generate(plan, None, task.service, gone=gone, follow=follow)

@@ -284,7 +284,7 @@ async def _made(job: Job) -> tuple[Task[Any, Any], Any, str, Any]:
         if job.error:
             detail = f"{job.id} failed: {job.error['detail']}"
         raise problem(409, "job-not-done", "No result", detail, retry_after=None if job.over else 1)
-    task, (wanted, accept, generation) = TASKS[job.task], found
+    task, (wanted, accept, generation) = tasks.of_job(job.task), found
     return task, task.model.model_validate_json(wanted), accept, generation
 
 

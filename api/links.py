@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
+from starlette.datastructures import URL
 from starlette.responses import Response
 
 from api import document
@@ -32,9 +33,9 @@ def opens(path: str) -> bool:
     return path.startswith(PREFIX) and links().find(path.removeprefix(PREFIX)) is not None
 
 
-def keep(data: bytes, media_type: str, request: Request) -> str:
+def keep(data: bytes, media_type: str, base_url: str) -> str:
     """Keep a picture for a while; answers its whole URL, on the host that the caller called."""
-    return str(request.base_url.replace(path=PREFIX + links().keep(data, media_type)))
+    return str(URL(base_url).replace(path=PREFIX + links().keep(data, media_type)))
 
 
 @router.get(

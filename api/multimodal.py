@@ -28,7 +28,7 @@ from core.multimodal import (
     TextVariationRequest,
 )
 
-router = APIRouter(tags=["unidiffuser"], responses=document.refuses(*document.WORK))
+router = APIRouter(tags=["unidiffuser"], responses=document.works())
 File = Annotated[Path, bentoml.validators.ContentType("image/*")]
 _NPY = ("application/x-npy", "application/octet-stream")
 _MOST = {"image": uploading.PARTS}  # limits.images says how many, when one asks

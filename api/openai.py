@@ -13,17 +13,19 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from api import answering, document, links, openai_stream, reading, tasks
-from core import images
+from api import answering, document, links, openai_stream, reading, tasks, translated
+from api.tasks import Task, Uploads
+from api.translated import Translated
+from core import images, settings
 from core.catalogue import Catalogue
 from core.families import Entry
 from core.generation import Generation
 from core.plans import Inputs, Plan
 from core.problems import Problem, invalid_field, nearest, problem, renamed
 from core.requests import Format, GenerationRequest, ImageFormat, Text
-from core.settings import Limits, Settings
+from core.settings import Limits
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 # A request's fields that OpenAI has names for; the others are extensions, by their own.
@@ -129,6 +131,12 @@ class ImagesResponse(BaseModel):
     usage: Usage
 
 
+class Pictures(Translated[ImagesRequest, GenerationRequest]):
+    """A request with what it asks for; `base_url` is where its client calls this server, for addresses."""
+
+    base_url: str
+
+
 class ListedModel(BaseModel):
     """A model of the catalogue. `created` is when this server started: a catalogue knows no dates."""
 
@@ -146,14 +154,14 @@ class ModelList(BaseModel):
     data: list[ListedModel]
 
 
-_PICTURES = document.gives("The pictures.", {"application/json": ImagesResponse, "text/event-stream": {"type": "string"}}, headers=answering.HEADERS) | document.refuses(*document.WORK)
+_PICTURES = document.gives("The pictures.", {"application/json": ImagesResponse, "text/event-stream": {"type": "string"}}, headers=answering.HEADERS) | document.works()
 
 
 @router.post("/images/generations", responses=_PICTURES, openapi_extra=document.takes_json(ImagesRequest, **_EXTENSION_FIELDS))
 async def generations(request: Request) -> Response:
     """Draw pictures from a prompt."""
     asked, _ = await reading.read_as(ImagesRequest, request, {})
-    return await _answer(asked, asked.translated(_entry(asked, request), _limits(request)), None, request)
+    return await _answer(_GENERATION, asked, {}, request)
 
 
 @router.post("/images/edits", responses=_PICTURES, openapi_extra=document.takes_form(ImagesRequest, "EditForm", {"image": 1, "mask": 1}, ["image"], **_EXTENSION_FIELDS))
@@ -161,11 +169,7 @@ async def edits(request: Request) -> Response:
     """Draw pictures from a prompt and a picture. What is transparent in `mask`, or without one in `image`, is
     repainted wholly (strength 1 if left out); where nothing is, the whole picture is redrawn (strength 0.75)."""
     asked, uploads = await reading.read_as(ImagesRequest, request, _PARTS)
-    inputs = await asyncio.to_thread(_pictures, uploads, _limits(request))
-    wanted = asked.translated(_entry(asked, request), _limits(request))
-    if inputs.mask is not None and wanted.strength is None:
-        wanted = wanted.model_copy(update={"strength": 1.0})
-    return await _answer(asked, wanted, inputs, request)
+    return await _answer(_EDIT, asked, uploads, request)
 
 
 @router.get("/models")
@@ -184,37 +188,51 @@ async def model(id: str, request: Request) -> ListedModel:
     return _listed(catalogue.generators[id])
 
 
-async def _answer(asked: ImagesRequest, wanted: GenerationRequest, inputs: Inputs | None, request: Request) -> Response:
-    plan = await tasks.planned(wanted, inputs, request, _NAMES)
+async def _answer(task: Task[Pictures, ImagesResponse], asked: ImagesRequest, uploads: Uploads, request: Request) -> Response:
+    """The pictures; a job, where the client prefers that and wants no events."""
+    pictures = Pictures(asked=asked, wanted=asked.translated(_entry(asked, request), settings.load().limits), base_url=str(request.base_url))
     if asked.stream:
-        return await _streamed(asked, wanted, plan, "image_edit" if inputs else "image_generation", request)
-    generation = await tasks.drawn(plan, request)
-    assert generation.ran is not None
-    files = await _files(wanted, generation, request)
-    data = [_data(file, seed, asked, request) for file, seed in zip(files, generation.seeds, strict=True)]
-    content = ImagesResponse(created=int(time.time()), data=data, **_told(asked, generation))
-    return JSONResponse(content.model_dump(exclude_none=True), headers=answering.describe(generation.ran, generation.seeds))
+        return await _streamed(task, pictures, uploads, request)
+    return await tasks.done(task, pictures, uploads, request)
 
 
-async def _streamed(asked: ImagesRequest, wanted: GenerationRequest, plan: Plan, kind: openai_stream.Kind, request: Request) -> Response:
+async def _streamed(task: Task[Pictures, ImagesResponse], pictures: Pictures, uploads: Uploads, request: Request) -> Response:
+    asked = pictures.asked
+    kind: openai_stream.Kind = "image_edit" if task is _EDIT else "image_generation"
+    plan = await asyncio.to_thread(task.plan, pictures, uploads, request.state.caller.id)
     told = {"background": "opaque", "output_format": asked.output_format, "quality": _QUALITIES[asked.quality], "size": f"{plan.width}x{plan.height}"}
 
     async def completed(generation: Generation) -> list[dict[str, Any]]:
-        files = await _files(wanted, generation, request)
+        files = await asyncio.to_thread(_files, pictures, generation)
         said = told | {name: value.model_dump() if isinstance(value, Usage) else value for name, value in _told(asked, generation).items()}
         return [{"b64_json": base64.b64encode(file).decode(), "seed": seed, **said} for file, seed in zip(files, generation.seeds, strict=True)]
 
-    return await openai_stream.streamed(plan, request, kind, asked.partial_images, wanted.format, told, completed)
+    return await openai_stream.streamed(plan, request, kind, asked.partial_images, pictures.format, told, completed)
 
 
-async def _files(wanted: GenerationRequest, generation: Generation, request: Request) -> list[bytes]:
-    settings: Settings = request.app.state.settings
-    return await asyncio.to_thread(answering.encode_all, generation, wanted.format, wanted.quality, settings.metadata.embed)
+def _plan(wanted: GenerationRequest, _: Uploads, client: str) -> Plan:
+    return tasks.catalogue("StableDiffusion").plan(wanted, None, client)
 
 
-def _data(file: bytes, seed: int, asked: ImagesRequest, request: Request) -> ImageData:
-    if asked.response_format == "url":
-        return ImageData(url=links.keep(file, images.MEDIA_TYPES[asked.output_format], request), seed=seed)
+def _edit_plan(wanted: GenerationRequest, uploads: Uploads, client: str) -> Plan:
+    inputs = _inputs(uploads, settings.load().limits)
+    if inputs.mask is not None and wanted.strength is None:
+        wanted = wanted.model_copy(update={"strength": 1.0})
+    return tasks.catalogue("StableDiffusion").plan(wanted, inputs, client)
+
+
+def _made(pictures: Pictures, generation: Generation) -> ImagesResponse:
+    data = [_data(file, seed, pictures) for file, seed in zip(_files(pictures, generation), generation.seeds, strict=True)]
+    return ImagesResponse(created=int(time.time()), data=data, **_told(pictures.asked, generation))
+
+
+def _files(pictures: Pictures, generation: Generation) -> list[bytes]:
+    return answering.encode_all(generation, pictures.format, pictures.quality, settings.load().metadata.embed)
+
+
+def _data(file: bytes, seed: int, pictures: Pictures) -> ImageData:
+    if pictures.asked.response_format == "url":
+        return ImageData(url=links.keep(file, images.MEDIA_TYPES[pictures.asked.output_format], pictures.base_url), seed=seed)
     return ImageData(b64_json=base64.b64encode(file).decode(), seed=seed)
 
 
@@ -230,7 +248,7 @@ def _told(asked: ImagesRequest, generation: Generation) -> dict[str, Any]:
     }
 
 
-def _pictures(uploads: dict[str, list[bytes]], limits: Limits) -> Inputs:
+def _inputs(uploads: Uploads, limits: Limits) -> Inputs:
     """The picture to edit, and what of it to repaint: where the mask's alpha is 0, or its own.
 
     Raises:
@@ -271,6 +289,5 @@ def _listed(entry: Entry) -> ListedModel:
     return ListedModel(id=entry.id, created=_STARTED, owned_by=owner, family=entry.model.family, licence=entry.model.licence, commercial_use=entry.model.commercial_use)
 
 
-def _limits(request: Request) -> Limits:
-    settings: Settings = request.app.state.settings
-    return settings.limits
+_GENERATION = translated.task("openai_generation", Pictures, _plan, _made, names=_NAMES, headers=True)
+_EDIT = translated.task("openai_edit", Pictures, _edit_plan, _made, _PARTS, names=_NAMES, headers=True)

@@ -12,10 +12,13 @@ from starlette.responses import JSONResponse, Response
 from api import answering, document, reading, tasks
 from api.answering import GenerationResponse
 from api.seed import PICTURES
+from api.tasks import Task, Uploads
 from core import images, replay
+from core.generation import Generation
+from core.plans import Plan
 from core.problems import invalid_field
 from core.replay import Source
-from core.requests import GenerationRequest
+from core.requests import GenerationRequest, ImageFormat
 from core.settings import Settings
 
 router = APIRouter(tags=["generation"])
@@ -37,6 +40,22 @@ class ReplayResponse(BaseModel):
     notes: list[str]
 
 
+class Again(BaseModel):
+    """A request that is done again, and what is to be told beside."""
+
+    wanted: GenerationRequest
+    notes: list[str]
+    model_sha256: str | None
+
+    @property
+    def format(self) -> ImageFormat:
+        return self.wanted.format
+
+    @property
+    def quality(self) -> int:
+        return self.wanted.quality
+
+
 _ANSWERS = document.gives(
     "The request; with run the picture, as /post_config answers it.",
     {
@@ -50,7 +69,7 @@ _ANSWERS = document.gives(
 @router.post(
     "/replay",
     response_class=Response,
-    responses=_ANSWERS | document.refuses(406, *document.WORK),
+    responses=_ANSWERS | document.works(406),
     openapi_extra=document.takes_query(ReplayParameters, {"image": 1}, ["image"], "Picture"),
 )
 async def post_replay(request: Request) -> Response:
@@ -66,12 +85,28 @@ async def post_replay(request: Request) -> Response:
     if found.needs or found.unmet:
         why = "; ".join(found.told[: len(found.told) - len(found.notes)])
         raise invalid_field("image", f"cannot be drawn again as it was: {why}", "without run the answer is the request as far as it goes, to send to /post_config")
-    wanted = GenerationRequest.model_validate(found.request)
-    accept = request.headers.get("accept", "*/*")
-    answering.choose(accept, wanted)
-    generation = await tasks.drawn(await tasks.planned(wanted, None, request), request)
+    again = Again(wanted=GenerationRequest.model_validate(found.request), notes=found.notes, model_sha256=found.model_sha256)
+    return await tasks.done(_REPLAY, again, {}, request)
+
+
+def _plan(again: Again, _: Uploads, client: str) -> Plan:
+    return tasks.catalogue("StableDiffusion").plan(again.wanted, None, client)
+
+
+def _told(again: Again, generation: Generation) -> Generation:
+    """What was made, with what is to be known of it."""
     assert generation.ran is not None
-    generation.ran.notes += found.notes
-    if found.model_sha256 not in (None, generation.ran.model_sha256):
-        generation.ran.notes.append("the model's weights are others than those that drew the original (another SHA-256)")
-    return await tasks.answered(tasks.GENERATE, wanted, generation, accept)
+    other = again.model_sha256 not in (None, generation.ran.model_sha256)
+    notes = ["the model's weights are others than those that drew the original (another SHA-256)"] if other else []
+    return generation.model_copy(update={"ran": generation.ran.model_copy(update={"notes": [*generation.ran.notes, *again.notes, *notes]})})
+
+
+def _answer(again: Again, generation: Generation, accept: str) -> Response:
+    return tasks.GENERATE.answer(again.wanted, _told(again, generation), accept)
+
+
+def _json(again: Again, generation: Generation) -> GenerationResponse:
+    return tasks.GENERATE.made(again.wanted, _told(again, generation))
+
+
+_REPLAY = tasks.known(Task("replay", Again, _plan, lambda again, accept: tasks.GENERATE.negotiate(again.wanted, accept), _answer, _json))

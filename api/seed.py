@@ -24,7 +24,7 @@ PICTURES = document.gives(
 @router.post(
     "/post_config",
     response_class=Response,
-    responses=PICTURES | document.refuses(406, *document.WORK),
+    responses=PICTURES | document.works(406),
     openapi_extra=document.takes_query(GenerationRequest, reading.PARTS, name="Pictures"),
 )
 async def post_config(request: Request) -> Response:

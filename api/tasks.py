@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,14 +35,15 @@ from core.multimodal import (
     TextsRequest,
     TextVariationRequest,
 )
-from core.plans import Inputs, Pixels, Plan
-from core.problems import Problem, invalid_field, renamed
+from core.plans import Pixels, Plan
+from core.problems import invalid_field
 from core.requests import GenerationRequest, Sampling
 from core.upscaling import UpscaleRequest
 
 R = TypeVar("R", bound=BaseModel)
 A = TypeVar("A")
 Uploads = dict[str, list[bytes]]
+Draw = Callable[[Plan, Request, Service], Awaitable[Generation]]
 JSON, TEXT = "application/json", "text/plain"
 MANY = 0  # of a part: as many as limits.images
 _NPY = ("application/x-npy", "application/octet-stream")
@@ -96,12 +97,17 @@ async def respond(task: Task[Any, Any], request: Request) -> Response:
     Raises:
         Problem: what is wrong with the request, before any work; what stood in the way of it.
     """
-    wanted, uploads = await read(task, request)
+    return await done(task, *await read(task, request), request)
+
+
+async def done(task: Task[R, Any], wanted: R, uploads: Uploads, request: Request, draw: Draw | None = None) -> Response:
+    """As `respond`, of what has been read. `draw`: instead of `drawn`."""
     if reading.prefers_async(request):
         return cast(Response, await request.app.state.submit(task, wanted, uploads, request))
     accept = task.accepted(request.headers.get("accept"))
     task.negotiate(wanted, accept)  # an answer that cannot be had is refused before the work
-    return await answered(task, wanted, await made(task, wanted, uploads, request), accept)
+    plan = await asyncio.to_thread(task.plan, wanted, uploads, request.state.caller.id)
+    return await answered(task, wanted, await (draw or drawn)(plan, request, task.service), accept)
 
 
 async def typed(task: Task[R, A], request: Request) -> A:
@@ -135,21 +141,6 @@ async def made(task: Task[R, Any], wanted: R, uploads: Uploads, request: Request
 async def answered(task: Task[R, Any], wanted: R, generation: Generation, accept: str) -> Response:
     """The answer that `accept` asks for."""
     return await asyncio.to_thread(task.answer, wanted, generation, accept)
-
-
-async def planned(wanted: GenerationRequest, inputs: Inputs | None, request: Request, names: Mapping[str, str] | None = None) -> Plan:
-    """A request for pictures of a contract with readings of its own, with every value decided.
-
-    Args:
-        names: what the contract calls the request's fields, where it has names of its own.
-
-    Raises:
-        Problem: 422 that lists every field that cannot be honoured.
-    """
-    try:
-        return await asyncio.to_thread(catalogue("StableDiffusion").plan, wanted, inputs, request.state.caller.id)
-    except Problem as problem:
-        raise renamed(problem, names or {}) from None
 
 
 async def drawn(plan: Plan, request: Request | None, service: Service = "StableDiffusion", *, gone: asyncio.Event | None = None, follow: Follow | None = None) -> Generation:
@@ -326,4 +317,15 @@ _ALL = (
     GENERATE, TXT2IMG, IMG2IMG, INPAINT, OUTPAINT, UPSCALE, ANIMATE, PROMPT2IMG, IMG2PROMPT, IMG2EMBED,
     CAPTION, EMBED, JOINT, IMAGE, TEXTS, IMAGE_VARIATION, TEXT_VARIATION,
 )  # fmt: skip
-TASKS: dict[str, Task[Any, Any]] = {task.name: task for task in _ALL}
+TASKS: dict[str, Task[Any, Any]] = {task.name: task for task in _ALL}  # that POST /jobs takes
+_KNOWN = dict(TASKS)
+
+
+def known(task: Task[R, A]) -> Task[R, A]:
+    """A contract's own, of which jobs come by `Prefer: respond-async` alone."""
+    _KNOWN[task.name] = task
+    return task
+
+
+def of_job(name: str) -> Task[Any, Any]:
+    return _KNOWN[name]

@@ -21,7 +21,7 @@ from core.loras import keeping
 from core.loras.messages import Added, AddLora, Listing, Removed, RemoveLora
 from core.requests import GenerationRequest
 
-router = APIRouter(tags=["typed"], responses=document.refuses(*document.WORK))
+router = APIRouter(tags=["typed"], responses=document.works())
 
 
 File = Annotated[Path, bentoml.validators.ContentType("image/*")]

@@ -23,7 +23,7 @@ router = APIRouter(tags=["generation"])
 @router.post(
     "/upscale",
     response_class=Response,
-    responses=PICTURES | document.refuses(406, *document.WORK),
+    responses=PICTURES | document.works(406),
     openapi_extra=document.takes_query(UpscaleRequest, {"image": 1}, ["image"], "Picture"),
 )
 async def upscale(request: Request) -> Response:
