@@ -131,7 +131,7 @@ async def generate(
         Problem: what the worker says; 503 where all are gone; 499 where the client is; 404 where the runner is not here.
     """
     able = workers_of(name)
-    plan = plan.model_copy(update={"request_id": logs.request_id.get()})
+    plan = plan.model_copy(update={"request_id": logs.request_id.get(), "job_id": logs.job_id.get()})
     logs.note(**logs.of_plan(plan))
     several = len(able) > 1
     if plan.experiment and plan.experiment.counts:

@@ -20,7 +20,7 @@ from api.backend import SERVICES
 from api.routing import Runner
 from api.tasks import Task, of_job
 from api.webhooks import Event, Webhooks
-from core import images, logs, problems
+from core import images, logs, problems, tracing
 from core.draining import Draining
 from core.generation import Generation
 from core.job_store import Store
@@ -93,13 +93,15 @@ class Work:
         """One attempt."""
         self.draining.in_hand += 1
         gone = asyncio.Event()
-        logs.begin(job.id)
+        logs.begin(None, job.id)
         try:
             plan, wanted, accept = await asyncio.to_thread(self.store.work, job.id)
+            logs.begin(plan.request_id, job.id)
             task = of_job(job.task)
             try:
                 follow = partial(self._follow, job.id, plan, gone)
-                generation = await backend.generate(plan, None, task.service, gone=gone, follow=follow)
+                with tracing.span("job"):
+                    generation = await backend.generate(plan, None, task.service, gone=gone, follow=follow)
                 await usage.record(plan, generation)
             except Problem as problem:
                 await self._failed(job, problem)

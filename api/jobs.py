@@ -22,7 +22,7 @@ from api.job_work import Work
 from api.seed import PICTURES
 from api.tasks import TASKS, Task, Uploads
 from api.webhooks import Webhooks
-from core import images, settings
+from core import images, logs, settings
 from core.draining import Draining
 from core.jobs import Job, JobList, JobSnapshot, Status
 from core.problems import invalid_field, nearest, problem
@@ -121,11 +121,13 @@ async def _add(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, reques
     task.negotiate(wanted, accept)
     backend.workers_of(task.service)
     plan = await asyncio.to_thread(task.plan, wanted, uploads, request.state.caller.id)
+    plan = plan.model_copy(update={"request_id": logs.request_id.get()})  # for the lines of the work, later on
     queue = tasks.catalogue(task.service).queue
     async with quotas.of_process().place(plan):
         job = await asyncio.to_thread(job_store.of_process().add, task.name, task.service, plan, wanted.model_dump_json(exclude_unset=True), accept, queue, webhook_url, key, digest)
     if job is None:
         raise _Known
+    logs.of_job(job.id)
     for work in _work:
         work.wake()
     return job
@@ -139,6 +141,7 @@ def _accepted(state: JobSnapshot, request: Request, **headers: str) -> Response:
 async def _replayed(job: Job, digest: str, request: Request) -> Response:
     if job.digest != digest:
         raise invalid_field("Idempotency-Key", "was used for another request", "a key of its own for each request, for a day")
+    logs.of_job(job.id)
     return _accepted(await _state(job), request, **{"Idempotency-Replayed": "true"})
 
 
@@ -260,6 +263,7 @@ async def _find(id: str, request: Request) -> Job:
     caller = request.state.caller
     if job is None or (job.client != caller.id and caller.role != "admin"):
         raise problem(404, "not-found", "Not found", f"There is no job {id[:60]!r}.")
+    logs.of_job(job.id)
     if job.status == "expired":
         raise problem(410, "job-expired", "Gone", f"{id} is over, and its result is no longer kept (jobs.retention_s).")
     return job

@@ -1,4 +1,4 @@
-"""What is logged, and how: lines of text or of JSON, with the request's id, in the entry and in its runners.
+"""What is logged, and how: lines of text or of JSON, with the request's id and the job's, in the entry and in its runners.
 
 service.py calls `configure`; api.gate begins each request, and others `note` what they learn of it for its one line
 "answered". No prompt is logged, and no query string, unless server.log_prompts is on.
@@ -23,8 +23,10 @@ from core.plans import Plan
 from core.settings import Server, load
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 _noted: ContextVar[dict[str, Any] | None] = ContextVar("noted", default=None)
 _TEXT = "%(asctime)s [%(levelname)s] [%(service)s] %(message)s"
+JOB = "easel.job_id"  # the attribute of spans
 _OURS = {*RESERVED_ATTRS, "service", "message", "asctime"}
 
 
@@ -43,10 +45,19 @@ def configure(server: Server) -> None:
     uvicorns.handlers, uvicorns.propagate = [], False
 
 
-def begin(id: str) -> None:
-    """A request begins in this context: what is logged for it has its id."""
-    request_id.set(id)
+def begin(request: str | None, job: str | None = None) -> None:
+    """A request, or the work on a job, begins in this context: what is logged for it has its ids, and its span the job's."""
+    request_id.set(request)
     _noted.set({})
+    of_job(job)
+
+
+def of_job(job: str | None) -> None:
+    """What is logged from here on in this context is about a job."""
+    job_id.set(job)
+    if job:
+        note(job_id=job)  # a route's context may end before its request's line
+        trace.get_current_span().set_attribute(JOB, job)
 
 
 def note(**fields: Any) -> None:
@@ -71,6 +82,8 @@ def _tell(record: logging.LogRecord) -> bool:
     record.service = server_context.service_name or "easel"
     if id := request_id.get():
         record.request_id = id
+    if job := job_id.get():
+        record.job_id = job
     span = trace.get_current_span().get_span_context()
     if span.is_valid and span.trace_flags.sampled:
         record.trace_id, record.span_id = format(span.trace_id, "032x"), format(span.span_id, "016x")

@@ -167,6 +167,7 @@ class Plan(BaseModel):
     data_type: int = 1  # UniDiffuser's own argument, see core.multimodal
     experiment: Assigned | None = None
     request_id: str | None = None  # of the request that it was made for, for logs
+    job_id: str | None = None  # and of its job, if it is one's
 
     def words(self, picture: int) -> tuple[str, str]:
         """The prompt and the negative prompt of a picture, counted from 0."""
@@ -193,7 +194,7 @@ class Plan(BaseModel):
     @property
     def identity(self) -> bytes:
         """Plans with equal ones ask for the very same: all is alike but ids and deadline."""
-        digest = hashlib.sha256(self.model_dump_json(exclude={"id", "request_id", "deadline_s"} | _PICTURES).encode())
+        digest = hashlib.sha256(self.model_dump_json(exclude={"id", "request_id", "job_id", "deadline_s"} | _PICTURES).encode())
         for name in sorted(_PICTURES):
             given = getattr(self, name)
             for pixels in given if isinstance(given, list) else [given] if given else []:
@@ -215,6 +216,6 @@ class Plan(BaseModel):
 
 _PICTURES = {"image", "mask", "images", "control_images", "ip_adapter_images"}
 # What may differ between plans whose pictures are one batch from the first step to the last,
-_OWN = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "control_images", "ip_adapter_images", "deadline_s", "notes", "experiment", "request_id"}
+_OWN = {"id", "client", "prompt", "negative_prompt", "expansion", "embeddings", "seeds", "commercial", "image", "mask", "inpainting", "images", "control_images", "ip_adapter_images", "deadline_s", "notes", "experiment", "request_id", "job_id"}
 # and between those that share single steps.
 _OWN_STEPS = {"num_inference_steps", "guidance_scale", "scheduler", "strength", "clip_skip", "loras"}

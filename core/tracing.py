@@ -18,12 +18,14 @@ from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.context import server_context
 from bentoml._internal.utils.telemetry import ParentBasedTraceIdRatio  # type: ignore[attr-defined]
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, Span, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Tracer
 from opentelemetry.util.http import ExcludeList
 
+from core import logs
 from core.generation import Timing
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -91,7 +93,11 @@ def _tracer() -> Tracer:
 
 
 class _Sent(BatchSpanProcessor):
-    """Sends spans without query strings, and without those of single ASGI messages."""
+    """Sends spans with their job's id, without query strings, and without those of single ASGI messages."""
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        if job := logs.job_id.get():
+            span.set_attribute(logs.JOB, job)
 
     def on_end(self, span: ReadableSpan) -> None:
         if span.name.endswith((" http send", " http receive")):

@@ -70,6 +70,7 @@ class DiffusionRunner:
     async def run(self, plan: Plan) -> Generation:
         """Do what a plan says; a problem comes back as data, so that it keeps its shape."""
         logs.request_id.set(plan.request_id)
+        logs.of_job(plan.job_id)
         self.draining.in_hand += 1
         try:
             generation = await self._done(plan)

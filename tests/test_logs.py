@@ -12,6 +12,7 @@ import requests
 
 from tests.conftest import USER, Server, serving, wait_for
 from tests.test_http import jpeg, picture, problem
+from tests.test_jobs import over
 
 pytestmark = pytest.mark.http
 SECRET = "xanadu"
@@ -46,6 +47,18 @@ def test_a_requests_lines_have_its_id_in_the_entry_and_in_the_runner(server: Ser
     assert 0 < runner["denoise_ms"] < entry["duration_ms"]
     # The device's own thread knows for whom it loaded the model.
     assert [line["service"] for line in lines(server, logger="easel.residency", request_id="from-the-proxy-1")] == ["StableDiffusion"]
+
+
+def test_a_jobs_lines_have_its_id_and_its_requests_in_the_entry_and_in_the_runner(server: Server) -> None:
+    job = server.post("/jobs", params={"prompt": "red apple", "num_inference_steps": 3}, headers={"X-Request-ID": "left-a-job"}).json()
+    assert over(server, job)["status"] == "succeeded"
+    wait_for(lambda: len(lines(server, job_id=job["id"], message="answered")) >= 2, 20)
+    left, *asked = lines(server, job_id=job["id"], message="answered")
+    assert (left["route"], left["request_id"]) == ("/jobs", "left-a-job")
+    assert {line["route"] for line in asked} == {"/jobs/{id}"}
+    (done,) = lines(server, job_id=job["id"], message="done")
+    assert (done["service"], done["request_id"]) == ("StableDiffusion", "left-a-job")
+    assert not [line for line in lines(server, message="answered") if line["route"] == "/post_config" and "job_id" in line]
 
 
 def test_what_fails_is_told_by_its_kind(server: Server) -> None:

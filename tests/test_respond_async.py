@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import requests
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tests.conftest import USER, Server, catalogue, serving, unidiffuser
 from tests.test_images import saved
@@ -22,12 +23,13 @@ A1111 = {"prompt": "red apple", "steps": 2, "seed": 7, "width": 64, "height": 64
 RED = saved(Image.new("RGB", (64, 64), "red"), "PNG")
 HALF = Image.new("RGBA", (64, 64), "red")
 HALF.paste((0, 0, 0, 0), (0, 0, 32, 64))
+WHITE = base64.b64encode(saved(Image.new("RGB", (64, 64), "white"), "PNG")).decode()
 ENCODED = base64.b64encode(RED).decode()
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "generations": ("/v1/images/generations", {"json": FAST | {"n": 2, "output_format": "jpeg", "quality": "low"}}),
     "edits": ("/v1/images/edits", {"data": FAST, "files": {"image": saved(HALF, "PNG")}}),
     "txt2img": ("/sdapi/v1/txt2img", {"json": A1111 | {"batch_size": 2}}),
-    "img2img": ("/sdapi/v1/img2img", {"json": A1111 | {"init_images": [ENCODED], "mask": ENCODED, "resize_mode": 1}}),
+    "img2img": ("/sdapi/v1/img2img", {"json": A1111 | {"init_images": [ENCODED], "mask": WHITE, "resize_mode": 1}}),
     "img2img with its picture": ("/sdapi/v1/img2img", {"json": A1111 | {"init_images": [ENCODED], "include_init_images": True}}),
     "extras": ("/sdapi/v1/extra-single-image", {"json": {"image": ENCODED, "upscaler_1": "starter/upscaler"}}),
     "interrogate": ("/sdapi/v1/interrogate", {"json": {"image": ENCODED}}),
@@ -97,11 +99,8 @@ def test_a_replay_is_a_job_too_and_its_request_is_answered_at_once(server: Serve
     assert again.content == picture
     at_once = server.post("/replay", files={"image": picture}, headers=LATER)
     assert (at_once.status_code, at_once.json()["source"]) == (200, "easel")
-    infotext = "red apple\nSteps: 2, Sampler: Euler a, CFG scale: 7, Seed: 7, Size: 64x64"
-    from PIL.PngImagePlugin import PngInfo
-
     info = PngInfo()
-    info.add_text("parameters", infotext)
+    info.add_text("parameters", "red apple\nSteps: 2, Sampler: Euler a, CFG scale: 7, Seed: 7, Size: 64x64")
     later = result(server, server.post("/replay", params={"run": "true"}, files={"image": saved(Image.new("RGB", (64, 64)), "PNG", pnginfo=info)}, headers=LATER))
     assert "noise in another way" in later.headers["x-easel-notes"]
 

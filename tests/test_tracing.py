@@ -19,6 +19,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from core.settings import ROOT
 from tests.conftest import Server, serving, wait_for
 from tests.test_http import picture, problem
+from tests.test_jobs import over
 
 pytestmark = pytest.mark.http
 SECRET = "xanadu"
@@ -34,12 +35,13 @@ class Collector:
 
     def spans(self, trace: str) -> dict[tuple[str, str], Span]:
         """A trace's spans by service and name."""
-        found = {}
+        return {key: span for key, span in self.every() if span.trace_id.hex() == trace}
+
+    def every(self) -> Iterator[tuple[tuple[str, str], Span]]:
         for body in list(self.bodies):
             for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                 service = next(a.value.string_value for a in resource.resource.attributes if a.key == "easel.service")
-                found |= {(service, span.name): span for scope in resource.scope_spans for span in scope.spans if span.trace_id.hex() == trace}
-        return found
+                yield from (((service, span.name), span) for scope in resource.scope_spans for span in scope.spans)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,24 @@ def test_a_trace_goes_through_entry_and_runner(server: Server, collector: Collec
     for stage, following in itertools.pairwise(stages):
         assert call.start_time_unix_nano <= stage.start_time_unix_nano <= stage.end_time_unix_nano == following.start_time_unix_nano
     assert stages[-1].end_time_unix_nano <= call.end_time_unix_nano <= request.end_time_unix_nano
+
+
+def test_the_work_on_a_job_is_a_trace_with_its_id(server: Server, collector: Collector) -> None:
+    answer = server.post("/jobs", params={"prompt": f"red apple, {SECRET}", "num_inference_steps": 4}, headers=traced("5" * 32))
+    assert over(server, answer.json())["status"] == "succeeded"
+    mine = {"easel.job_id": answer.json()["id"]}
+
+    def found() -> dict[tuple[str, str], Span]:
+        spans = {key: span for key, span in collector.every() if mine.items() <= {a.key: a.value.string_value for a in span.attributes}.items()}
+        return {key: span for key, span in spans.items() if not key[1].startswith("GET ")}
+
+    entry, runner = "ImageGeneration", "StableDiffusion"
+    expected = {(entry, "POST /jobs"), (entry, "job"), (runner, "POST /internal/run"), *((runner, stage) for stage in ("queue", "denoise", "decode"))}
+    wait_for(lambda: expected <= found().keys(), 20)
+    work = found()[entry, "job"]
+    assert not work.parent_span_id
+    assert found()[entry, "POST /jobs"].trace_id.hex() == "5" * 32
+    assert {found()[runner, stage].trace_id for stage in ("POST /internal/run", "denoise")} == {work.trace_id}
 
 
 def test_no_query_and_no_prompt_is_sent(server: Server, collector: Collector) -> None:
