@@ -164,13 +164,15 @@ async def listing(
     limit: Annotated[int, Query(ge=1, le=100, description="At most so many.")] = 20,
     status: Annotated[Status | None, Query(description="Only those.")] = None,
     after: Annotated[str | None, Query(max_length=40, description="Only those older than this job: `next` of the page before.")] = None,
+    mine: Annotated[bool, Query(description="true: one's own alone, with an admin key too.")] = False,
 ) -> JobList:
     """One's own jobs, newest first (an admin key: everyone's)."""
+    known = ["limit", "status", "after", "mine"]
     for name in request.query_params:
-        if name not in ("limit", "status", "after"):
-            raise invalid_field(name[:80], f"unknown parameter{nearest(name, ['limit', 'status', 'after'])}", ["limit", "status", "after"])
+        if name not in known:
+            raise invalid_field(name[:80], f"unknown parameter{nearest(name, known)}", known)
     caller = request.state.caller
-    client = None if caller.role == "admin" else caller.id
+    client = None if caller.role == "admin" and not mine else caller.id
     found = await asyncio.to_thread(job_store.of_process().newest, client, status, after, limit + 1)
     return JobList(jobs=[await _state(job) for job in found[:limit]], next=found[limit - 1].id if len(found) > limit else None)
 

@@ -23,6 +23,7 @@ async function begin() {
   admin.offer(capabilities, isAdmin);
   $("key-change").hidden = !key.get();
   show();
+  create.restore().catch((error) => showProblem($("create-problem"), asProblem(error)));
 }
 
 /** Show the part that the address names. */

@@ -3,9 +3,10 @@
 import { $, announce, clearProblem, make, rights, showProblem } from "./dom.js";
 import * as gallery from "./gallery.js";
 import { aborted, asProblem, Problem } from "./http.js";
-import { draw } from "./job.js";
+import { draw, recent, resume } from "./job.js";
 import * as loras from "./loras.js";
 import * as source from "./mask.js";
+import { read } from "./replay.js";
 
 const form = $("create");
 let models = new Map(); // id -> {model, task}
@@ -119,10 +120,37 @@ async function submit(event) {
     const body = new FormData();
     for (const [name, value] of [...Object.entries(request.fields), ...Object.entries(request.inputs)]) if (value !== null) body.append(name, value);
     card = makeCard(request.fields.prompt ?? "");
+    announce("Sent");
     gallery.add(await draw(request.task, body, card.signal, card), request);
   } catch (error) {
     if (aborted(error)) announce("Cancelled");
     else showProblem($("create-problem"), asProblem(error), form)?.focus();
+  } finally {
+    card?.remove();
+  }
+}
+
+/** Show the key's last jobs again, as after a reload: what was made, and what goes on. */
+export async function restore() {
+  $("gallery").setAttribute("aria-busy", "true");
+  try {
+    for (const job of await recent()) {
+      if (job.status === "succeeded") await followed(job, null);
+      else if (["queued", "running", "canceling"].includes(job.status)) followed(job, makeCard(`the ${job.task} of ${new Date(job.created_at).toLocaleTimeString()}`));
+    }
+  } finally {
+    $("gallery").removeAttribute("aria-busy");
+  }
+}
+
+async function followed(job, card) {
+  const quiet = { signal: new AbortController().signal, state() {}, preview() {} };
+  try {
+    gallery.add(await resume(job, (card ?? quiet).signal, card ?? quiet), null);
+    if (card) announce("Done");
+  } catch (error) {
+    if (card && aborted(error)) announce("Cancelled");
+    else if (error.status !== 410) showProblem($("create-problem"), asProblem(error)); // forgotten meanwhile
   } finally {
     card?.remove();
   }
@@ -137,7 +165,6 @@ function makeCard(prompt) {
   const cancel = make("button", { type: "button", "aria-label": `Cancel ${prompt}`, onclick: () => controller.abort() }, "Cancel");
   const row = make("li", {}, picture, make("div", { className: "about" }, make("p", { className: "cut" }, prompt), bar, text), cancel);
   $("jobs").prepend(row);
-  announce("Sent");
   let quarter = 0;
   return {
     signal: controller.signal,
@@ -182,4 +209,4 @@ form.addEventListener("keydown", (event) => {
 });
 $("model_id").addEventListener("change", adapt);
 document.addEventListener("easel-picture", offerSchedulers);
-gallery.connect({ use, start: (blob) => source.take(blob).then(() => $("strength").focus()) });
+gallery.connect({ use, read, start: (blob) => source.take(blob).then(() => $("strength").focus()) });

@@ -5,16 +5,20 @@ import { $, announce, make, rights } from "./dom.js";
 let shown = null;
 const hooks = {};
 
-/** What to do on "Use these settings" and "Start from it". */
-export function connect({ use, start }) {
-  Object.assign(hooks, { use, start });
+/** What to do on "Use these settings" (by what was asked, or by reading it from the picture) and "Start from it". */
+export function connect(given) {
+  Object.assign(hooks, given);
 }
 
-/** Add what came of a request: `made` as job.draw answers it, `asked` the fields and input pictures that were sent. */
+/**
+ * Add what came of a request: `made` as job.draw answers it, `asked` the fields and input pictures that were sent; null
+ * where that is no longer known, of a job from before. Those are not news.
+ */
 export function add(made, asked) {
   const items = made.pictures.map(({ blob, seed }) => item(blob, seed, made.ran, asked));
   $("gallery").prepend(...items.map((one) => one.row));
   $("gallery-empty").hidden = true;
+  if (!asked) return;
   show(items[0]);
   announce(`Done: ${items.length === 1 ? "a picture" : `${items.length} pictures`} of ${made.ran.prompt}`);
 }
@@ -43,7 +47,7 @@ function show(one) {
       make(
         "div",
         { className: "buttons" },
-        make("button", { type: "button", className: "primary", onclick: () => hooks.use(settings(one), one.asked.inputs) }, "Use these settings"),
+        make("button", { type: "button", className: "primary", onclick: () => (one.asked ? hooks.use(settings(one), one.asked.inputs) : hooks.read(new File([one.blob], `seed ${one.seed}`, { type: one.blob.type }))) }, "Use these settings"),
         make("button", { type: "button", onclick: () => hooks.start(one.blob) }, "Start from it"),
         make("a", { className: "button", href: one.url, download: `easel-${one.seed}.${one.blob.type.split("/")[1]}` }, "Save"),
         make("button", { type: "button", onclick: () => remove(one) }, "Remove"),

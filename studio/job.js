@@ -3,6 +3,8 @@
 import { aborted, blob, call, json, Problem } from "./http.js";
 
 const OVER = ["succeeded", "failed", "canceled", "expired"];
+const DRAWN = ["generate", "txt2img", "img2img", "inpaint", "outpaint", "prompt2img", "image"];
+const RECENT = 12;
 const AGAIN_MS = 1000;
 const TRIES = 60; // in a row that bring nothing; a server that restarts goes on with its jobs
 
@@ -12,7 +14,11 @@ const TRIES = 60; // in a row that bring nothing; a server that restarts goes on
  */
 export async function draw(task, form, signal, told) {
   form.append("task", task);
-  const job = await json("/jobs", { method: "POST", body: form, headers: { Accept: "application/json" }, signal });
+  return resume(await json("/jobs", { method: "POST", body: form, headers: { Accept: "application/json" }, signal }), signal, told);
+}
+
+/** What comes of a job that is with the server; as `draw`. */
+export async function resume(job, signal, told) {
   const answer = await outcome(job, signal, told);
   const pictures = answer.images.map((image, i) => ({ blob: blob(image, answer.media_type), seed: answer.seeds[i] }));
   return { pictures, ran: answer.ran };
@@ -28,6 +34,12 @@ async function outcome(job, signal, told) {
     if (aborted(error)) await call(job.urls.cancel, { method: "DELETE" }).catch(() => {});
     throw error;
   }
+}
+
+/** The key's last jobs that make pictures, the oldest first. */
+export async function recent() {
+  const { jobs } = await json(`/jobs?mine=true&limit=${RECENT}`);
+  return jobs.filter((job) => DRAWN.includes(job.task)).reverse();
 }
 
 /** The job once it is over. A stream that breaks is taken up where it broke; what GET says of the job is the truth. */

@@ -11,7 +11,8 @@ export function connect(hooks) {
   use = hooks.use;
 }
 
-async function take([file]) {
+/** Read a picture's settings into the form. */
+export async function read(file) {
   clearProblem($("replay-problem"));
   const body = new FormData();
   body.append("image", file);
@@ -23,4 +24,4 @@ async function take([file]) {
   }
 }
 
-dropZone($("replay-drop"), $("replay-file"), take);
+dropZone($("replay-drop"), $("replay-file"), ([file]) => read(file));

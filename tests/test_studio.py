@@ -31,6 +31,7 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--window-size=1280,1000",
 )  # fmt: skip
+KEYS = ["maker", "canceller", "reloader"]  # of tests that look at what their key has made
 HOSTILE = '<img src=x onerror="window.hacked=1">'
 pytestmark = pytest.mark.http
 
@@ -44,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (base / "lora_list.json").write_text(json.dumps(entries))
     with FakeCivitai() as fake:
         fake.add(1, "Style 01")
-        with serving(base, {"loras": fake.settings()}, env={"CIVIT_KEY": KEY}) as running:
+        with serving(base, {"loras": fake.settings()}, env={"CIVIT_KEY": KEY, "API_KEY": ",".join([USER, *KEYS])}) as running:
             yield running
 
 
@@ -105,6 +106,7 @@ class Page:
         self.run(f"sessionStorage.setItem('easel-key', {json.dumps(key)})")
         self.browser.refresh()
         self.until(lambda: self.one(f"#view-{part}").is_displayed())
+        self.until(lambda: not self.one("#gallery").get_attribute("aria-busy"))  # the key's last jobs are there
         return self
 
     def run(self, script: str, *arguments: Any) -> Any:
@@ -186,7 +188,7 @@ def test_it_asks_for_a_key_and_keeps_it_for_the_tab(page: Page) -> None:
 
 
 def test_a_picture_and_the_same_again_by_its_settings(page: Page) -> None:
-    page.open(USER)
+    page.open("maker")
     page.one("[id='lora-pixel_art_style']").click()
     page.one("[id='lora-pixel_art_style'] ~ span").click()  # the label: off again,
     page.one("[id='lora-pixel_art_style']").click()  # and on
@@ -230,7 +232,7 @@ def test_settings_from_a_picture(page: Page, tmp_path: Path) -> None:
 
 
 def test_progress_is_told_and_cancelling_stops_the_work(page: Page) -> None:
-    page.open(USER)
+    page.open("canceller")
     page.fill(prompt="blue heart", num_inference_steps=150, count_returned=8)
     page.one("#generate").click()
     page.until(lambda: page.running() == 1)
@@ -240,9 +242,38 @@ def test_progress_is_told_and_cancelling_stops_the_work(page: Page) -> None:
     page.one("#jobs button").click()
     page.until(lambda: not page.all("#jobs li"))
     page.until(lambda: page.running() == 0)
-    assert page.server.get("/jobs?limit=1").json()["jobs"][0]["status"] in ("canceled", "canceling")
+    assert page.server.get("/jobs?limit=1", key="canceller").json()["jobs"][0]["status"] in ("canceled", "canceling")
     assert page.run("return document.getElementById('live').textContent") == "Cancelled"
     assert not page.all("#gallery li")
+
+
+def test_after_a_reload_the_keys_jobs_are_there_and_those_that_run_are_followed(page: Page) -> None:
+    page.open("reloader")
+    assert not page.all("#gallery li, #jobs li")
+    drawn = page.draw(prompt="red apple", num_inference_steps=6, seed=11)
+    page.fill(prompt="blue heart", num_inference_steps=150, count_returned=8)
+    page.one("#generate").click()
+    page.until(lambda: page.running() == 1)
+    page.open("reloader")
+    assert page.one("#gallery img").get_attribute("alt") == "red apple, seed 11"
+    assert not page.one("#viewer").is_displayed()
+    page.one("#gallery button").click()
+    page.until(lambda: page.run("return document.querySelector('#viewer img').complete"))
+    page.until(lambda: page.one("#jobs img").is_displayed())  # the other goes on, with previews
+    page.until(lambda: re.search(r"step \d+ of 150", page.text("#jobs")))
+    assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+    page.one("#viewer .primary").click()
+    page.until(lambda: page.one("#prompt").get_attribute("value") == "red apple")
+    assert (page.one("#seed").get_attribute("value"), page.one("#num_inference_steps").get_attribute("value")) == ("11", "6")
+    page.one("#jobs button").click()
+    page.until(lambda: not page.all("#jobs li"))
+    page.until(lambda: page.running() == 0)
+    assert page.server.get("/jobs?limit=1", key="reloader").json()["jobs"][0]["status"] in ("canceled", "canceling")
+    assert page.draw() == drawn
+    job = page.server.post("/jobs", key="reloader", params={"prompt": "star", "num_inference_steps": 2, "seed": 3}).json()
+    page.until(lambda: page.server.get(job["urls"]["self"], key="reloader").json()["status"] == "succeeded")
+    page.open("reloader")  # what was left elsewhere is there too
+    assert [thumb.get_attribute("alt") for thumb in page.all("#gallery img")] == ["star, seed 3", "red apple, seed 11", "red apple, seed 11"]
 
 
 def test_an_error_is_told_beside_its_field(page: Page) -> None:
