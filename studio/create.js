@@ -136,7 +136,7 @@ export async function restore() {
   try {
     for (const job of await recent()) {
       if (job.status === "succeeded") await followed(job, null);
-      else if (["queued", "running", "canceling"].includes(job.status)) followed(job, makeCard(`the ${job.task} of ${new Date(job.created_at).toLocaleTimeString()}`));
+      else if (["queued", "running", "canceling"].includes(job.status)) followed(job, makeCard(`a job left at ${new Date(job.created_at).toLocaleTimeString()}`));
     }
   } finally {
     $("gallery").removeAttribute("aria-busy");
