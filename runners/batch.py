@@ -101,7 +101,7 @@ class Batch:
                 metrics.STEPS.labels(metrics.here(), model).inc()
                 job.progress = Progress(model_id=plan.model_id, steps_done=next(done), steps=steps)
                 self.left[job.id] -= 1
-                previews.show(job, self.resident, latents, job.progress.steps_done)
+                previews.show(job, plan, self.resident, latents, job.progress.steps_done)
             job.check()
 
         def work() -> Generation:

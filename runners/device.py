@@ -161,7 +161,10 @@ class Device:
                 progress = Progress(model_id=entry.id, steps_done=next(done), steps=expected)
                 for job in jobs:  # one batch: the progress of all is that of each
                     job.progress = progress
-                previews.show(jobs[0], resident, latents, progress.steps_done)
+                at_once, row = sum(p.rows for p in plans) <= way.rows, 0
+                for job, its in zip(jobs, plans, strict=True) if at_once else [(jobs[0], plan)]:  # of a batch in parts, the first alone
+                    previews.show(job, its, resident, None if latents is None else latents[row:], progress.steps_done)
+                    row += its.rows
             if self._cores:
                 self._cores.divide()
             check_all(jobs)

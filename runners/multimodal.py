@@ -5,6 +5,7 @@ Everything here happens in the device's thread; runners.unidiffuser has the pipe
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,7 @@ class _Sampling:
             guidance_scale=self._plan.guidance_scale,
             generator=generators,
             output_type="np",
-            callback=self.steps,
+            callback=lambda step, time, latents: self.steps(step, time, {"latents": self._pictures(mode, latents)}),
         )
         self.calls += 1
         self.decode += 1000 * (time.perf_counter() - self.steps.last)
@@ -133,6 +134,14 @@ class _Sampling:
                 row.picture = to_pil(row.drawn)
             if made.text is not None:
                 row.prompt = row.text = made.text[i]
+
+    def _pictures(self, mode: str, latents: Tensor) -> Tensor | None:
+        """The pictures' part of what is denoised, (N, channels, h, w); None where no picture is asked for."""
+        pipe = self._resident.base
+        if mode not in ("text2img", "img", "joint") or self._plan.task == "text_variation":
+            return None
+        shape = (pipe.num_channels_latents, pipe.unet_resolution, pipe.unet_resolution)
+        return latents[:, : math.prod(shape)].reshape(-1, *shape)
 
 
 def _tensor(picture: Image.Image) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -140,6 +140,12 @@ CALLS = [
     Call("delete", "/jobs/{id}", names={"id": "the last"}),
     post("/admin/unload", params={"model_id": "starter/stable-diffusion"}),
 ]
+# The same of all that can be left as a job.
+CALLS += [
+    replace(call, status=202, more=call.more | {"headers": {"Prefer": "respond-async"}})
+    for call in {call.path: call for call in CALLS if call.status == 200 and "Preference-Applied" in call.operation["responses"].get("202", {}).get("headers", {}) and "experiment" not in str(call.more)}.values()
+    if not call.path.startswith(("/add_new_lora", "/admin/loras"))
+]
 
 
 def operations() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -234,6 +240,8 @@ def answer(server: Server, call: Call, kind: str, last: dict[str, str]) -> reque
     response = requests.request(call.method, server.url + call.path.format(**names), timeout=120, **{**more, "headers": headers})
     if call.path == "/admin/loras/jobs" and response.ok:
         last["/admin/loras/jobs/{id}"] = response.json()[0]["id"]
+    if response.headers.get("Location", "").startswith("/jobs/") and call.path != "/jobs":
+        requests.delete(server.url + response.headers["Location"], headers={"X-API-Key": ADMIN}, timeout=60)  # one is done, below
     if call.path == "/jobs" and response.status_code == 202:
         last["/jobs"] = response.json()["id"]
     return response
