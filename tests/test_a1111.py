@@ -203,7 +203,8 @@ def test_png_info_extras_and_interrogate(server: Server, client: webuiapi.WebUIA
         ("img2img", {"prompt": "x"}, ["init_images"]),
         ("img2img", {"prompt": "x", "init_images": ["http://127.0.0.1/x.png"]}, ["init_images"]),
         ("img2img", {"prompt": "x", "init_images": ["%%%"]}, ["init_images"]),
-        ("extra-single-image", {"image": "", "gfpgan_visibility": 1}, ["image"]),
+        ("extra-single-image", {"image": ""}, ["image"]),
+        ("extra-single-image", {"image": "", "gfpgan_visibility": 1}, ["gfpgan_visibility"]),
         ("interrogate", {"image": "", "model": "deepdanbooru"}, ["model"]),
     ],
 )  # fmt: skip
