@@ -142,7 +142,7 @@ CALLS = [
 ]
 # The same of all that can be left as a job.
 CALLS += [
-    replace(call, status=202, more=call.more | {"headers": {"Prefer": "respond-async"}})
+    replace(call, status=202, more=call.more | {"headers": {"Prefer": "respond-async", "Accept": "*/*"}})
     for call in {call.path: call for call in CALLS if call.status == 200 and "Preference-Applied" in call.operation["responses"].get("202", {}).get("headers", {}) and "experiment" not in str(call.more)}.values()
     if not call.path.startswith(("/add_new_lora", "/admin/loras"))
 ]
