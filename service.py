@@ -20,7 +20,7 @@ from simple_di.providers import SingletonFactory
 from yaml import YAMLError
 
 from api import animate, app, backend, gate, job_store, jobs, multimodal, quotas, typed, upscaling, usage
-from core import connections, logs, settings, supervisor, tracing
+from core import connections, logs, settings, supervisor, timers, tracing
 from core.auth import Keys, NoKeys
 from core.draining import Draining
 from core.model_settings import Models, Queue
@@ -60,6 +60,7 @@ except (NoKeys, LaterVersion, FileNotFoundError, ValueError, SettingsError, YAML
 logs.configure(configured.server)
 http = app.build(configured)
 supervisor.keep_private()
+timers.take_out()
 connections.bound(configured.server)
 BentoMLContainer.prometheus_multiproc_dir.set(SingletonFactory(metrics_folder))
 draining = Draining(configured.server.grace_s, linger_s=1.0)
@@ -80,7 +81,7 @@ def of_runner(place: Place, *queues: Queue | None) -> dict[str, Any]:
 
 
 def traffic(*queues: Queue | None) -> dict[str, float]:
-    """BentoML's own timeout leaves work running behind it; ours (deadline_s) ends it, and comes first."""
+    """How long the entry waits for a worker: beyond any deadline, which ends the work itself. (As the service's own timeout it is taken out.)"""
     return {"timeout": max(q.deadline_s for q in (*queues, configured.queue) if q) + 60}
 
 
