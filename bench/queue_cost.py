@@ -35,7 +35,7 @@ from core.plans import Plan
 from core.requests import GenerationRequest
 from runners import loading
 from runners.device import Device
-from runners.queue import Job
+from runners.work import Job
 
 SECTION = "## Waiting requests"
 KEYS = 100

@@ -22,10 +22,11 @@ from runners import denoise, memory, previews
 from runners.adapters import Acting
 from runners.guides import Guided
 from runners.memory import Way
-from runners.queue import DeviceQueue, Job
+from runners.queue import DeviceQueue
 from runners.residency import Resident
 from runners.safety import SafetyChecker
 from runners.stepping import Run, Runs
+from runners.work import Job
 
 
 @dataclass

@@ -44,10 +44,11 @@ from runners.batch import Batch
 from runners.cores import Cores
 from runners.memory import Way
 from runners.pace import Pace
-from runners.queue import DeviceQueue, Job, Share, check_all
+from runners.queue import DeviceQueue
 from runners.residency import Residency, Resident
 from runners.safety import SafetyChecker
 from runners.stepping import Runs
+from runners.work import Job, Share, check_all
 
 log = logging.getLogger("easel.device")
 

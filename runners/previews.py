@@ -18,8 +18,8 @@ from torch import Tensor
 from core.model_settings import Family
 from core.plans import Pixels, Plan
 from runners.denoise import to_pixels
-from runners.queue import Job
 from runners.residency import Resident
+from runners.work import Job
 
 EVERY_S = 0.5
 _SD = [[0.3512, 0.2297, 0.3227], [0.3250, 0.4974, 0.2350], [-0.2829, 0.1762, 0.2721], [-0.2120, -0.2616, -0.7177]]

@@ -7,95 +7,21 @@ can share a batch are taken together when the first of them has its turn.
 
 from __future__ import annotations
 
-import contextvars
 import logging
-import math
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from core import metrics, problems
-from core.plans import Pixels
 from core.status import PlanProgress, Progress, QueueStatus
+from runners.turns import Turns
+from runners.work import Job, Share, check_all
 
 log = logging.getLogger("easel.queue")
-PACE = 8  # how many of the last times that places became free tell when the next will
 R = TypeVar("R")
-W = TypeVar("W")
-
-
-@dataclass(frozen=True)
-class Share(Generic[W, R]):
-    """How a job may be run together with others.
-
-    Args:
-        key: jobs with equal keys may share a batch.
-        work: this job's part of it.
-        rows: how much of a batch that takes, of `limit` in all.
-        run: does all jobs' work, one outcome each; it calls `check_all` between its steps. None where others join
-            while the job's own `run` goes on, which takes them by `DeviceQueue.join` and tells them by `settle`.
-        steps: how many it takes, where others may join.
-    """
-
-    key: Hashable
-    work: W
-    rows: int
-    limit: int
-    run: Callable[[list[Job[R]], list[W]], list[R]] | None = None
-    steps: int = 0
-
-
-@dataclass(eq=False)
-class Job(Generic[R]):
-    """Work on its way to the device: `run` does it, calling `check()` between its steps."""
-
-    id: str
-    client: str
-    run: Callable[[Job[R]], R]
-    deadline_s: float
-    share: Share[Any, R] | None = None
-    submitted: float = field(default_factory=time.monotonic)
-    context: contextvars.Context = field(default_factory=contextvars.copy_context)  # of who submits it: the request's id, for logs
-    started: float | None = None
-    stepped: float = 0  # when it last came to a step
-    progress: Progress | None = None
-    watched_until: float = 0  # of time.monotonic: previews are made so long
-    preview: Pixels | None = None
-    preview_step: int | None = None
-    previewed: float = 0  # when it was made
-    future: Future[R] = field(default_factory=Future)
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        self._cancelled.set()
-
-    def check(self) -> None:
-        """Raise the Problem that ends this job, if there is one: cancelled, or out of time."""
-        self.stepped = time.monotonic()
-        if self._cancelled.is_set():
-            raise problems.cancelled()
-        if time.monotonic() - self.submitted > self.deadline_s:
-            raise problems.deadline_passed(self.deadline_s)
-
-
-def check_all(jobs: list[Job[R]]) -> None:
-    """As `Job.check` for jobs that run together: one that has to end is told so at once, and the others
-    go on; raise only where none is left."""
-    if len(jobs) == 1:
-        jobs[0].check()
-        return
-    for job in jobs:
-        if not job.future.done():
-            try:
-                job.check()
-            except problems.Problem as problem:
-                job.future.set_exception(problem)
-    if all(job.future.done() for job in jobs):
-        raise problems.cancelled()
 
 
 class DeviceQueue:
@@ -113,8 +39,7 @@ class DeviceQueue:
         self._by_id: dict[str, Job[Any]] = {}
         self._running: list[Job[Any]] = []
         self._count = 0
-        self._mean_s: float | None = None
-        self._freed: deque[tuple[float, int]] = deque(maxlen=PACE)  # when places became free, since the queue was last empty, and how many
+        self._turns = Turns()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
@@ -133,7 +58,7 @@ class DeviceQueue:
                 raise problems.problem(
                     429, "queue-full", "Too many requests",
                     f"The {whose} full ({self._count} requests wait). Try again later.",
-                    retry_after=self._wait_s(1 if self._count >= self.limit else len(self._waiting)),
+                    retry_after=self._turns.wait_s(1 if self._count >= self.limit else len(self._waiting)),
                 )
             self._waiting.setdefault(job.client, OrderedDict())[job] = None
             self._by_id[job.id] = job
@@ -167,7 +92,7 @@ class DeviceQueue:
                         taken += rows
                         found = True
             self._running += joined
-            self._note_freed(len(joined))
+            self._freed(len(joined))
         return [job for job in joined if self._begun(job)]
 
     def settle(self, job: Job[R], outcome: Callable[[], R]) -> None:
@@ -197,7 +122,7 @@ class DeviceQueue:
                 self._leave(jobs, waiting)
                 if not jobs:
                     del self._waiting[waiting.client]
-                _fail(waiting, problems.cancelled())
+                waiting.fail(problems.cancelled())
                 return True
         return False
 
@@ -228,7 +153,7 @@ class DeviceQueue:
     def status(self) -> QueueStatus:
         with self._changed:
             progress = _all(list({id(job.progress): job.progress for job in self._running if job.progress}.values()))  # a batch of alike jobs has one
-            return QueueStatus(running=len(self._running), progress=progress, waiting=self._count, limit=self.limit, mean_service_s=self._mean_s)
+            return QueueStatus(running=len(self._running), progress=progress, waiting=self._count, limit=self.limit, mean_service_s=self._turns.mean_s)
 
     @property
     def stalled_s(self) -> float:
@@ -262,28 +187,16 @@ class DeviceQueue:
     def _fail_waiting(self, problem: problems.Problem) -> None:
         for jobs in self._waiting.values():
             for job in jobs:
-                _fail(job, problem)
+                job.fail(problem)
         self._waiting.clear()
         self._by_id.clear()
         self._count = 0
 
-    def _wait_s(self, turns: int) -> int:
-        """Seconds until a place is likely to be free, once so many keys have had their turn: as long as it lately took, less what
-        has passed since, and at least a second."""
-        if len(self._freed) < 2:
-            return max(1, math.ceil(self._mean_s or 1))
-        (first, _), (last, _) = self._freed[0], self._freed[-1]
-        gaps = len(self._freed) - 1
-        gap, places = (last - first) / gaps, sum(count for _, count in self._freed) / len(self._freed)
-        passed = time.monotonic() - last
-        wait = gap * math.ceil(turns / places)
-        return max(1, math.ceil(wait - passed if passed < gap else wait))
-
-    def _note_freed(self, places: int) -> None:
-        if not self._count:
-            self._freed.clear()
-        elif places:
-            self._freed.append((time.monotonic(), places))
+    def _freed(self, places: int) -> None:
+        if self._count:
+            self._turns.freed(places)
+        else:
+            self._turns.forget()
 
     def _next(self) -> list[Job[Any]]:
         """The next job in turn, the first of the key that has waited longest for its turn, and those
@@ -295,7 +208,7 @@ class DeviceQueue:
                 return []
             first = self._take(next(iter(self._waiting)))
             self._running = [first, *(self._companions(first.share) if first.share and first.share.run else [])]
-            self._note_freed(len(self._running))
+            self._freed(len(self._running))
             return list(self._running)
 
     def _take(self, client: str) -> Job[Any]:
@@ -380,8 +293,7 @@ class DeviceQueue:
         return left
 
     def _measure(self, job: Job[Any]) -> None:
-        took = time.monotonic() - (job.started or job.submitted)
-        self._mean_s = took if self._mean_s is None else 0.8 * self._mean_s + 0.2 * took
+        self._turns.served(time.monotonic() - (job.started or job.submitted))
 
     def _safely_rest(self) -> None:
         try:
@@ -396,9 +308,3 @@ def _all(progress: list[Progress]) -> Progress | None:
         return None
     steps = [p.steps for p in progress if p.steps is not None]
     return Progress(model_id=progress[0].model_id, steps_done=sum(p.steps_done for p in progress), steps=sum(steps) if len(steps) == len(progress) else None)
-
-
-def _fail(job: Job[Any], problem: problems.Problem) -> None:
-    """End a job that never ran."""
-    if job.future.set_running_or_notify_cancel():
-        job.future.set_exception(problem)

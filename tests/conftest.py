@@ -23,7 +23,7 @@ import requests
 import yaml
 
 from core.settings import ROOT
-from runners.queue import Job
+from runners.work import Job
 
 if TYPE_CHECKING:
     from runners.device import Device

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from runners.diffusion import DiffusionRunner
-from runners.queue import Job
+from runners.work import Job
 from service import ImageGeneration, StableDiffusion
 
 __all__ = ["ImageGeneration", "StableDiffusion"]

@@ -29,7 +29,7 @@ from core.requests import GenerationRequest
 from core.settings import ROOT, Jobs, Settings, WebhookSettings
 from core.status import PlanProgress
 from runners.queue import DeviceQueue
-from runners.queue import Job as DeviceJob
+from runners.work import Job as DeviceJob
 from tests.civitai import FakeCivitai
 from tests.conftest import Server, serving, wait_for
 from tests.test_http import FAST, picture, problem
@@ -70,7 +70,8 @@ def test_a_hang_is_told_and_the_runner_is_started_anew(server: Server) -> None:
 HUNG = """
 import asyncio, ctypes, sys, time
 from runners import watchdog
-from runners.queue import DeviceQueue, Job
+from runners.queue import DeviceQueue
+from runners.work import Job
 queue = DeviceQueue(lambda: None, 4, 4)
 queue.submit(Job("hangs", "k", lambda _: {how}, 60)).add_done_callback(lambda f: print(f.exception().details.type, flush=True))
 queue.submit(Job("waits", "k", lambda _: None, 60)).add_done_callback(lambda f: print(f.exception().details.type, flush=True))

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from core.problems import Problem
-from runners.queue import DeviceQueue, Job, Share, check_all
+from runners.queue import DeviceQueue
+from runners.work import Job, Share, check_all
 
 
 @pytest.fixture
@@ -75,8 +76,9 @@ def test_retry_after_is_how_long_places_lately_took_to_become_free(queue: Device
     for client in ("a", "c"):
         if client == "c":
             queue.limit = 0
-        queue._freed.clear()
-        queue._freed.extend((time.monotonic() - ago, count) for ago, count in freed)
+        queue._turns.forget()
+        for ago, count in freed:
+            queue._turns.freed(count, ago)
         with pytest.raises(Problem) as caught:
             queue.submit(Job("more", client, lambda job: None, 60))
         told.append(caught.value.details.retry_after)

@@ -26,7 +26,7 @@ from core.tiling import spans
 from core.upscaling import UpscaleRequest
 from runners import compact, tiling, upscalers
 from runners.device import Device
-from runners.queue import Job
+from runners.work import Job
 from tests.conftest import held
 
 STARTER = ROOT / "starter/upscaler/emoji_x4.safetensors"
