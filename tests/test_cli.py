@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,8 @@ def test_progress_is_shown_on_a_terminal_and_an_interrupt_cancels_the_work(serve
     screen, terminal = pty.openpty()
     environment = {**os.environ, "EASEL_URL": server.url, "EASEL_API_KEY": USER, "TERM": "xterm"}
     command = [sys.executable, "-m", "cli", "generate", "interrupted", "--steps", "150", "-n", "8", "-o", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell has its background jobs ignore
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=terminal, text=True, preexec_fn=heed)
     os.close(terminal)
     seen = ""
     while "/150" not in seen and "/1200" not in seen:
