@@ -1,8 +1,8 @@
 # Easel's commands; `make` lists them. Everything is set up in .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
-# Debian's packages for tests, which skip what is missing: promtool
-SYSTEM := prometheus chromium chromium-driver postgresql
+# Debian's packages for tests, which skip what is missing (promtool is prometheus'), and for the container's proof
+SYSTEM := prometheus chromium chromium-driver postgresql buildah debootstrap
 
 .PHONY: help serve test fuzz soak load system lint lock sbom audit keys bench bento container prove-container clean
 help:  ## list the commands
@@ -14,7 +14,7 @@ serve: .venv/serve.stamp keys  ## set up and serve on 127.0.0.1:3000
 test: .venv/test.stamp  ## set up and run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-system:  ## install the programs that some tests need, with apt-get; as root
+system:  ## install the programs that some tests and prove-container need, with apt-get; as root
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(SYSTEM)
 

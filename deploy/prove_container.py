@@ -6,12 +6,14 @@ is started from its root file system: read-only, as the image's user, with its e
 and process namespaces of its own. The README's example call then has to answer a picture.
 
 Not a container engine: the network is the machine's, and there is no cgroup. Ends within --seconds.
+Images and Bento lie in a folder that is removed at the end, unless --keep has them in the machine's own storage.
 Exit code 0: proved, 1: failed, 77: this machine cannot (and the reason).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -24,6 +26,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE, BASE = "localhost/easel:cpu", "docker.io/library/python:3.11-slim"
 SKIPPED = 77
+DEBIAN, PYPI, PYTORCH = "http://deb.debian.org/debian", "https://pypi.org/simple", "https://download.pytorch.org/whl/cpu"
 KEY, ADMIN = "proof-user-key", "proof-admin-key"
 CALL = "/post_config?prompt=red+apple&seed=1&num_inference_steps=25"
 
@@ -39,22 +43,28 @@ CALL = "/post_config?prompt=red+apple&seed=1&num_inference_steps=25"
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=int, default=1500, help="give up after so long")
-    parser.add_argument("--wheels", type=Path, help="a folder with torch's CPU wheel, where PyTorch's own index cannot be reached")
-    parser.add_argument("--keep", action="store_true", help="take the image that is there, if it is")
+    parser.add_argument("--wheels", type=Path, default=_wheels(), help="a folder with torch's CPU wheel, where PyTorch's own index cannot be reached (that of PIP_FIND_LINKS, if it has one)")
+    parser.add_argument("--keep", action="store_true", help="take the image that is there, if it is, and leave it there")
     parser.add_argument("--picture", type=Path, default=ROOT / "build/container.png", help="where the picture goes")
     arguments = parser.parse_args()
-    if missing := _missing():
-        print(f"skipped: {missing}")
+    if missing := _missing(arguments.wheels):
+        print(f"the container is not proved here: {missing}")
         return SKIPPED
     os.environ.setdefault("BUILDAH_ISOLATION", "chroot")
     signal.signal(signal.SIGALRM, _late)
     signal.alarm(arguments.seconds)
+    with contextlib.nullcontext() if arguments.keep else _apart():
+        _prove(arguments)
+    return 0
+
+
+def _prove(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     if not (arguments.keep and _there(IMAGE)):
         if not _there(BASE):
             _base()
         _build(arguments.wheels)
-    print(f"image ready after {time.monotonic() - began:.0f} s")
+    print(f"image ready after {time.monotonic() - began:.0f} s", flush=True)
     container = _run("buildah", "from", "--pull=false", IMAGE)
     try:
         root = Path(_run("buildah", "mount", container))
@@ -63,15 +73,40 @@ def main() -> int:
     finally:
         _run("buildah", "rm", container)
     print(f"proved in {time.monotonic() - began:.0f} s; the picture is {arguments.picture}")
-    return 0
 
 
-def _missing() -> str | None:
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Storage for images and Bentos of this run's own, gone after it, however it ends."""
+    with tempfile.TemporaryDirectory(prefix="easel-", dir="/var/tmp") as folder:  # not /tmp, which may be in memory
+        settings = Path(folder) / "storage.conf"
+        settings.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/images"\nrunroot = "{folder}/run"\n')
+        os.environ |= {"CONTAINERS_STORAGE_CONF": str(settings), "BENTOML_HOME": f"{folder}/bentoml"}
+        try:
+            yield
+        finally:
+            signal.alarm(0)
+            _run("buildah", "rm", "--all")  # unmounts what a build that was ended left
+            subprocess.run(["umount", f"{folder}/images/overlay"], stderr=subprocess.DEVNULL)
+
+
+def _wheels() -> Path | None:
+    """Where pip finds wheels on this machine, if torch's is among them."""
+    folder = Path(os.environ.get("PIP_FIND_LINKS") or "none")
+    return folder if any(folder.glob("torch-*+cpu*.whl")) else None
+
+
+def _missing(wheels: Path | None) -> str | None:
     if os.geteuid() != 0:
         return "not root, which chroot and mounting need"
     for tool in ("buildah", "debootstrap", "unshare", "setpriv"):
         if not shutil.which(tool):
             return f"no {tool} here (Debian: apt-get install buildah debootstrap util-linux)"
+    for place in (f"{DEBIAN}/dists/bookworm/Release", f"{PYPI}/bentoml/", *([] if wheels else [f"{PYTORCH}/torch/"])):
+        try:
+            urllib.request.urlopen(place, timeout=20).close()
+        except OSError as error:
+            return f"{place} is not to be reached ({error})"
     return None
 
 
@@ -83,7 +118,7 @@ def _base() -> None:
     """Debian with its Python 3.11 under the name of the official image, which has much the same."""
     with tempfile.TemporaryDirectory(prefix="easel-base-") as folder:
         root = Path(folder) / "root"
-        _run("debootstrap", "--variant=minbase", "--include=python3,python3-pip,python3-venv,ca-certificates", "bookworm", str(root))
+        _run("debootstrap", "--variant=minbase", "--include=python3,python3-pip,python3-venv,ca-certificates", "bookworm", str(root), DEBIAN)
         (root / "usr/lib/python3.11/EXTERNALLY-MANAGED").unlink()  # the official image's Python is nobody else's
         shutil.copy("/etc/ssl/certs/ca-certificates.crt", root / "etc/ssl/certs/ca-certificates.crt")
         for rubbish in ("var/cache/apt/archives", "var/lib/apt/lists"):
@@ -98,7 +133,13 @@ def _base() -> None:
 
 def _build(wheels: Path | None) -> None:
     environment = {**os.environ, **({"WHEELS": str(wheels)} if wheels else {})}
-    subprocess.run([str(ROOT / "deploy/container/build.sh"), "cpu"], check=True, env=environment)
+    build = subprocess.Popen([str(ROOT / "deploy/container/build.sh"), "cpu"], env=environment, start_new_session=True)
+    try:
+        if code := build.wait():
+            raise SystemExit(f"deploy/container/build.sh failed with {code}")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(build.pid, signal.SIGKILL)  # with all that it started
 
 
 def _serve(root: Path, config: dict[str, Any], picture: Path) -> None:
