@@ -1,4 +1,4 @@
-"""Two entries that share a real PostgreSQL: jobs of one read at the other and finished by it, one usage log, one count of quotas."""
+"""Two entries that share a real PostgreSQL: jobs of one read at the other and finished by it, whoever dies; one usage log, one count of quotas."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 from sqlalchemy import create_engine, text
@@ -159,6 +161,44 @@ def test_jobs_usage_and_quotas_are_those_of_both_entries(postgres: str, tmp_path
         assert (done["status"], len(done["outputs"])) == ("succeeded", 4)
         assert second.get("/jobs?status=queued").json()["jobs"] == []
         assert second.get(done["outputs"][3]["url"]).headers["x-easel-seeds"] == str(DRAW["seed"] + 3)
+
+
+@pytest.mark.timeout(900)  # four servers start
+@pytest.mark.http
+def test_a_job_whose_runner_is_killed_finishes_at_another_served_apart(postgres: str, tmp_path: Path) -> None:
+    """As on Kubernetes: two entries and two runners of one kind, each a server of its own; the runners know of no shared store."""
+    key = {"RUNNER_KEY": "runner-key"}
+    with ExitStack() as stack:
+
+        def served(name: str, overrides: dict, target: str) -> Server:
+            (tmp_path / name).mkdir()
+            return stack.enter_context(serving(tmp_path / name, overrides, target, ready=False, env=key))
+
+        runners = [served(f"runner{i}", SETTINGS | {"jobs": {"store": f"sqlite:///{tmp_path}/runner{i}/jobs.sqlite3"}}, "service:StableDiffusion") for i in (1, 2)]
+        urls = {"stable_diffusion": {"urls": [runner.url for runner in runners]}, "unidiffuser": {"urls": [f"http://127.0.0.1:{free_port()}"]}}
+        overrides = urls | {"jobs": {"store": postgres, "lease_s": 3}, "usage": {"store": postgres}}
+        first, second = (served(f"entry{i}", overrides, "service:ImageGeneration") for i in (1, 2))
+        for server in (*runners, first, second):
+            wait_for(lambda server=server: answers(server), 240, server)
+
+        job = submit(first, num_inference_steps=150, count_returned=4)
+        wait_for(lambda: second.get(job["urls"]["self"]).json()["progress"]["value"] > 0, 60, second)  # in the middle, read at the other
+        [killed] = [runner for runner in runners if runner.get("/buffer_status").json()["queue"]["running"]]
+        [other] = [runner for runner in runners if runner is not killed]
+        processes = [psutil.Process(killed.process.pid), *psutil.Process(killed.process.pid).children(recursive=True)]
+        for process in processes:  # as a pod ends; the worker would outlive its parent until it has drawn
+            process.kill()
+        killed.process.wait(90)
+        assert second.get(job["urls"]["self"]).json()["status"] == "running"
+        wait_for(lambda: other.get("/buffer_status").json()["queue"]["running"] == 1, 60, other)
+        done = over(second, job)
+        assert (done["status"], [output["seed"] for output in done["outputs"]]) == ("succeeded", [DRAW["seed"] + i for i in range(4)])
+        drawn_there = other.post("/post_config", params={**DRAW, "num_inference_steps": 150, "count_returned": 4})
+        for entry in (first, second):
+            assert picture(entry.get(job["urls"]["result"])).tobytes() == picture(drawn_there).tobytes()
+            states = requests.get(entry.url + "/readyz", timeout=20).json()["runners"]
+            assert sorted(states[name] for name in ("StableDiffusion", "StableDiffusion2")) == ["down", "ready"]
+        assert over(first, submit(second))["status"] == "succeeded"
 
 
 def check_quotas(first: Server, second: Server) -> None:
