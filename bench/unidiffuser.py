@@ -128,7 +128,7 @@ def raw_loop(ran: dict[str, Any]) -> None:
     if threads := configured.unidiffuser.cpu_threads:  # the runner does the same
         torch.set_num_threads(threads)
     entry = Catalogue(configured, configured.unidiffuser).find(ran["model"])
-    pipe = UniDiffuserPipeline.from_pretrained(loading.fetch(entry, None), torch_dtype=getattr(torch, ran["dtype"])).to(ran["device"])
+    pipe = UniDiffuserPipeline.from_pretrained(loading.fetch(entry, None), dtype=getattr(torch, ran["dtype"])).to(ran["device"])
     pipe.set_progress_bar_config(disable=True)
     side = int(ran["size"].split("x")[0])
 

@@ -65,7 +65,7 @@ def load(path: Path, net: ControlNet, dtype: torch.dtype, device: torch.device) 
         OSError, ValueError, RuntimeError: for files that are missing, broken or of another architecture.
     """
     cls = FluxControlNetModel if net.family == "flux" else ControlNetModel
-    model: nn.Module = cls.from_pretrained(path, torch_dtype=dtype, variant=net.variant, use_safetensors=True, local_files_only=True)
+    model: nn.Module = cls.from_pretrained(path, dtype=dtype, variant=net.variant, use_safetensors=True, local_files_only=True)
     return model.to(device).eval()
 
 

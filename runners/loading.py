@@ -131,10 +131,10 @@ def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> 
         cls = _base(entry)
         if path.is_file():
             config = entry.model.config and str(ROOT / entry.model.config)
-            pipeline = cls.from_single_file(str(path), torch_dtype=dtype, config=config, local_files_only=bool(config), **extra)
+            pipeline = cls.from_single_file(str(path), dtype=dtype, config=config, local_files_only=bool(config), **extra)
         else:
             pipeline = cls.from_pretrained(
-                path, torch_dtype=dtype, use_safetensors=True, variant=entry.model.variant, local_files_only=True, **extra, **optimising.loading_options(optimise)
+                path, dtype=dtype, use_safetensors=True, variant=entry.model.variant, local_files_only=True, **extra, **optimising.loading_options(optimise)
             )
         _check_channels(entry, pipeline)
         optimising.apply(pipeline, optimise, device)

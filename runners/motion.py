@@ -46,7 +46,7 @@ def load(base: DiffusionPipeline, adapter: Adapter, path: Path) -> Motion:
         Problem: 503 where the adapter's files are broken or it does not fit the model.
     """
     try:
-        loaded = MotionAdapter.from_pretrained(path, torch_dtype=base.unet.dtype, variant=adapter.variant, use_safetensors=True, local_files_only=True)
+        loaded = MotionAdapter.from_pretrained(path, dtype=base.unet.dtype, variant=adapter.variant, use_safetensors=True, local_files_only=True)
         loaded.to(base.unet.device)
         with init_empty_weights():
             unet = UNetMotionModel.from_unet2d(base.unet, loaded, load_weights=False)

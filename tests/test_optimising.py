@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -78,6 +79,15 @@ def plain(miniatures: dict[str, Path]) -> dict[str, Pixels]:
     return drawn
 
 
+# What a server does that is started again, up to its first picture; it tells torch's counts of kernels made and taken from the cache.
+SECOND_START = """
+import json, pathlib, sys, torch
+from tests import test_optimising
+torch._inductor.config.cpp_cache_precompile_headers = False
+with test_optimising.optimised({"sd15": pathlib.Path(sys.argv[1])}, "sd15", compile=True) as device:
+    test_optimising.draw(device)
+print(json.dumps(torch._dynamo.utils.counters["inductor"]))
+"""
 SAME = [
     ("sd15", {"attention_slicing": True}), ("sd15", {"vae_slicing": True}), ("sdxl", {"channels_last": True}), ("flux", {"channels_last": True}),
     ("flux", {"attention_backend": "_native_math"}),
@@ -161,6 +171,12 @@ def test_compiled_blocks_draw_the_same_and_are_kept_on_disk(plain: dict[str, Pix
     with optimised(miniatures, "sd15", compile=True) as device:
         assert levels(draw(device), plain["sd15"]) <= 1
     assert list((tmp_path / "compile_cache/inductor").rglob("*.so"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    again = subprocess.run([sys.executable, "-c", SECOND_START, str(miniatures["sd15"])], cwd=ROOT, capture_output=True, text=True, timeout=280, check=True)
+    kernels = json.loads(again.stdout.splitlines()[-1])
+    assert kernels["fxgraph_cache_hit"] >= 1, kernels
+    assert kernels.get("fxgraph_cache_miss", 0) == 0, "a second start compiled what the first one has kept"
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,6 @@ def opened(image: str) -> Image.Image:
 
 
 def _load(folder: str) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
