@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -98,6 +99,13 @@ class _Text(logging.Formatter):
     """A line with what else is known of it at its end, in brackets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        more = " ".join(f"{name}={json.dumps(value, default=str) if ' ' in str(value) else value}" for name, value in vars(record).items() if name not in _OURS)
-        record = logging.makeLogRecord({**vars(record), "msg": record.getMessage().replace("\n", " ") + (f" ({more})" if more else ""), "args": None})
+        more = " ".join(f"{name}={_one_word(value)}" for name, value in vars(record).items() if name not in _OURS)
+        said = "".join(c if c.isprintable() else " " for c in record.getMessage())  # what callers send makes no line and no colour of its own
+        record = logging.makeLogRecord({**vars(record), "msg": said + (f" ({more})" if more else ""), "args": None})
         return super().format(record)
+
+
+def _one_word(value: object) -> str:
+    """A value as it is, or as JSON where it would read as several, as the line's end or as another line."""
+    text = str(value)
+    return text if text.isprintable() and not re.search(r'[ "()=]', text) else json.dumps(value, default=str)

@@ -114,6 +114,11 @@ def test_as_text_and_with_prompts_where_configured(tmp_path: Path) -> None:
     with serving(tmp_path, {"server": {"log_prompts": True}}, target="service:StableDiffusion") as alone:
         assert alone.post("/post_config", params={"prompt": f"{SECRET}\nred apple", "num_inference_steps": 1}, headers={"X-Request-ID": "r1"}).ok
         wait_for(lambda: "answered" in alone.log.read_text(), 5)
+        forged = "2026-01-01T00:00:00+0000[INFO][StableDiffusion]forged"
+        problem(requests.get(f"{alone.url}/%0a{forged}%1b[31m%e2%80%a8", timeout=20), 401)  # without a key
+        wait_for(lambda: forged in alone.log.read_text(), 5)
+        assert not [line for line in re.split("[\n\r\u2028]", alone.log.read_text()) if line.startswith(forged)]
+        assert "\x1b" not in alone.log.read_text()
         told = [line for line in alone.log.read_text().splitlines() if "request_id=r1" in line]
         assert len([line for line in told if "[INFO] [StableDiffusion] done (" in line]) == 1
         (line,) = [line for line in told if "[INFO] [StableDiffusion] answered (" in line]
