@@ -63,7 +63,7 @@ def _quoted(text: str) -> str:
 def _unquoted(text: str) -> str:
     if len(text) > 1 and text[0] == text[-1] == '"':
         try:
-            return str(json.loads(text, strict=False))
+            return str(json.loads(text, strict=False)).encode("utf-8", "replace").decode()  # JSON may hold half a character
         except ValueError:
             return text
     return text

@@ -23,6 +23,7 @@ from core.requests import GenerationRequest
 Source = Literal["easel", "a1111"]
 _TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
 _EDITING = re.compile(r"\[[^\[\]]*:[^\[\]]*:[\d.]+\]|\bAND\b|\bBREAK\b")
+_NUMBER = re.compile(r"\d{1,5}")
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Of an infotext: what says nothing of how the picture came about, or is known from elsewhere.
 _INCIDENTAL = {"Model hash", "Lora hashes", "TI hashes", "Hashes", "VAE hash", "Version", "User", "Batch size", "Batch pos", "Init image hash", "RNG", "Template", "Negative Template"}
@@ -156,7 +157,7 @@ def _of_infotext(text: str, catalogue: Catalogue) -> Replay:
     if sampler := left.pop("Sampler", None):
         _put(replay, scheduler=f"{sampler} {left.pop('Schedule type', '')}".strip())
     if (skip := left.pop("Clip skip", "1")) not in ("0", "1"):
-        _put(replay, clip_skip=int(skip) - 1 if skip.isdecimal() else skip)
+        _put(replay, clip_skip=int(skip) - 1 if _NUMBER.fullmatch(skip) else skip)
     _hires(replay, left)
     _input(replay, left)
     _put(replay, **{name: left.pop(key) for key, name in _PLAIN.items() if key in left})

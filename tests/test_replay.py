@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
+from starlette.responses import JSONResponse
 
+from api.a1111 import PngInfo
 from core import images, infotext, metadata, replay, settings
 from core.catalogue import Catalogue
+from core.generation import Generation, Ran, Timing
 from core.images import Description
+from core.metadata import Record
 from core.plans import Pixels
 from core.problems import Problem
 from core.replay import Replay
+from core.requests import GenerationRequest
 from core.settings import ROOT, Limits, Settings
 from tests.conftest import Server, serving
 from tests.test_images import saved
@@ -96,6 +103,11 @@ def test_other_programs_user_comments_are_read(comment: bytes) -> None:
 # From A1111's text to a request.
 
 ANY = Catalogue(Settings())
+RAN = Ran(
+    model_id="starter/stable-diffusion", family="starter", scheduler="Euler", schedule=None, torch_dtype="float32", device="cpu", num_inference_steps=4, steps_run=4,
+    guidance_scale=5, width=64, height=64, clip_skip=0, strength=None, prompt="a cat", negative_prompt="", prompt_tokens=2, prompt_tokens_cut=0,
+    licence="L", commercial_use=True, notes=[], libraries={"easel": "0.1.0"}, timing=Timing(), model_sha256="f" * 64,
+)  # fmt: skip
 
 
 def test_a1111s_settings_get_the_names_they_have_here(catalogue: Catalogue) -> None:
@@ -152,15 +164,75 @@ def test_loras_that_are_not_here_are_left_out_and_told(catalogue: Catalogue) -> 
     assert found.unmet == ["there are no hypernetworks here (<hypernet:x:1>)", "there is no LoRA add_detail here"]
 
 
+def told(picture: Description) -> None:
+    """That a picture is replayed by an answer that can be sent, or refused."""
+    try:
+        made = replay.read(picture, ANY)
+    except Problem as problem:
+        assert problem.details.status == 422
+        problem.body()
+    else:
+        JSONResponse([made.request, made.told])
+
+
 @given(st.text(max_size=200) | st.text("Steps: ,x1<>lora\n\"", max_size=200))
 @hypothesis_settings(deadline=None, max_examples=50)
 def test_any_text_is_replayed_or_refused(text: str) -> None:
-    try:
-        made = read(text + "\nSteps: 4, Seed: 1, Size: 64x64", ANY)
-    except Problem as problem:
-        assert problem.details.status == 422
-    else:
-        json.dumps([made.request, made.told]).encode()
+    told(Description("PNG", 64, 64, {"parameters": text + "\nSteps: 4, Seed: 1, Size: 64x64"}))
+
+
+KNOWN = [*replay._PLAIN, *replay._MASK, "Model", "Size", "Sampler", "Schedule type", "Clip skip", "Hires upscaler", "Hires resize", "Denoising strength", "Mask mode", "Inpaint area", "Left", "ControlNet 0", "Version", "Foo"]
+STRANGE = ["9" * 5000, "-1", "nan", "1e999", "0x0", "99999x1", "\u0663", '"\\ud800"', '"Latent (\\udc00)"', '"\\u0000"', '"' * 3, "None", "easel 0", "fill", "5", "0.5", "64x64"]
+
+
+@given(st.text("ab <lora:x>[::]\n", max_size=20), st.dictionaries(st.sampled_from(KNOWN), st.sampled_from(STRANGE) | st.text(max_size=8), max_size=6))
+@hypothesis_settings(deadline=None, max_examples=200)
+def test_any_settings_are_replayed_or_refused(prompt: str, given: dict[str, str]) -> None:
+    text = f"{prompt}\nSteps: 4, Seed: 1, Foo bar: 1, {', '.join(f'{key}: {value}' for key, value in given.items())}"
+    told(Description("PNG", 64, 64, {"parameters": text}))
+    PngInfo(info=text, items={}, parameters=infotext.parse(text).settings).model_dump_json()
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
+
+
+@given(st.dictionaries(st.sampled_from([*Record.model_fields]), JSON | st.sampled_from(["\x00", "nan", "../x", "<lora:a>", -1, 10**30, {"first": [0, 0], "scale": 2, "steps": 1, "strength": 1, "upscaler": "x"}]), max_size=4))
+@hypothesis_settings(deadline=None, max_examples=200)
+def test_any_record_is_replayed_or_refused(forged: dict[str, object]) -> None:
+    told(Description("PNG", 64, 64, {"easel": json.dumps(metadata.record(RAN, 1) | forged)}))
+
+
+# What a request may say; a tag is no part of the prompt that is drawn.
+ASKED = st.text(st.characters(blacklist_categories=["Cs", "Cc"], blacklist_characters="\ufffd", whitelist_characters="\n\r\t") | st.sampled_from(',:"\\\n<>()[]'), min_size=1, max_size=80).map(str.strip).filter(lambda text: text and not replay._TAG.search(text))
+DRAWN = {"seed": st.integers(0, 2**53 - 1), "num_inference_steps": st.integers(1, 150), "guidance_scale": st.floats(0, 30), "clip_skip": st.integers(0, 1), "torch_dtype": st.just("float32")}
+
+
+def embedded(format: images.ImageFormat, ran: Ran, seed: int) -> Description:
+    """What a file of a picture that `ran` made says of itself."""
+    picture = Pixels(width=64, height=64, data=bytes(64 * 64 * 3))
+    return images.describe(images.encode(picture, format, 90, metadata.texts(Generation(pictures=[picture], seeds=[seed], ran=ran), 0)), Limits())
+
+
+@given(ASKED, ASKED | st.just(""), st.fixed_dictionaries(DRAWN), st.sampled_from([("Euler", None), ("DPM++ 2M", "Karras"), ("Euler a", None)]))
+@hypothesis_settings(deadline=None, max_examples=100)
+def test_a_pngs_request_is_read_back_equal(prompt: str, negative: str, asked: dict[str, Any], scheduler: tuple[str, str | None]) -> None:
+    request = {"prompt": prompt, "negative_prompt": negative, **asked}
+    assert GenerationRequest.model_validate(request).model_dump(include=set(request)) == request
+    ran = RAN.model_copy(update=request | {"scheduler": scheduler[0], "schedule": scheduler[1]})
+    found = replay.read(embedded("png", ran, asked["seed"]), ANY)
+    wanted = request | {"model_id": RAN.model_id, "width": 64, "height": 64, "scheduler": " ".join(filter(None, scheduler))}
+    assert found.request == {name: value for name, value in wanted.items() if value or name not in ("negative_prompt", "clip_skip")}
+    assert found.told == []
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+@given(ASKED.filter(lambda text: not re.search(r"^\s*Negative prompt:", text, re.MULTILINE)), ASKED | st.just(""), st.fixed_dictionaries(DRAWN | {"guidance_scale": st.integers(0, 300).map(lambda tenths: tenths / 10)}))
+@hypothesis_settings(deadline=None, max_examples=50)
+def test_a_jpegs_and_a_webps_request_is_read_back_equal(format: images.ImageFormat, prompt: str, negative: str, asked: dict[str, Any]) -> None:
+    found = replay.read(embedded(format, RAN.model_copy(update={"prompt": prompt, "negative_prompt": negative, **asked}), asked["seed"]), ANY)
+    wanted = {"prompt": prompt, "negative_prompt": negative, "seed": asked["seed"], "num_inference_steps": asked["num_inference_steps"], "guidance_scale": asked["guidance_scale"], "clip_skip": asked["clip_skip"], "width": 64, "height": 64, "format": format}
+    assert {name: found.request.get(name, 0 if name == "clip_skip" else "") for name in wanted} == wanted
+    assert found.unmet == []
 
 
 # Over HTTP.
