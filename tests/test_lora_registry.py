@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.responses import JSONResponse
 
-from core.loras import Lora, Registry
+from core.loras import Lora, Registry, keeping
 from core.loras.registry import SCHEMA_VERSION, is_name
 from core.problems import Problem
 from core.settings import ROOT
@@ -110,6 +115,9 @@ def test_fields_that_others_wrote_are_kept(registry: Registry) -> None:
         (SEED.replace("model_name", "a:b"), "line 2, column 3", "cannot name a LoRA"),
         (SEED.replace('"model_id"', '"file_name": "../x.safetensors", "model_id"'), "line 2, column 3", "file_name"),
         ("[" * 100_000, "line 1, column 1", "nested"),
+        (SEED.replace("123456", "9" * 5000), "line 1, column 1", "cannot be read"),
+        (SEED.replace("keyword1", "\\ud800"), "line 2, column 3", "half a character"),
+        (SEED.replace("123456", "NaN"), "line 2, column 3", "model_id"),
     ],
 )
 def test_a_broken_file_is_refused_with_its_place_and_the_last_good_one_stays(registry: Registry, text: str, where: str, what: str) -> None:
@@ -183,3 +191,50 @@ def test_names_that_may_be(name: str) -> None:
 @pytest.mark.parametrize("name", ["", " a", "a ", "a:b", "a,b", "<a", "a>", "a/b", "a\\b", "..", ".", ".a", 'a"b', "a\nb", "a\x00", "x" * 101, "a\u202eb", "a\x85"])
 def test_names_that_may_not_be(name: str) -> None:
     assert not is_name(name)
+
+
+TEXTS = st.text(st.characters(blacklist_categories=["Cs"]), max_size=20)
+JSONS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXTS, inner, max_size=2), max_leaves=4)
+ENTRIES = st.fixed_dictionaries(
+    {"name": TEXTS.filter(is_name), "base_model": TEXTS, "lora_path": TEXTS, "trigger_words": st.lists(TEXTS, max_size=3).map(tuple)},
+    optional={"model_id": st.integers(), "usage_rights": TEXTS | st.lists(TEXTS, max_size=2), "creator": TEXTS, "nsfw": st.booleans(), "kind": st.sampled_from(["lora", "embedding"]), "sha256": st.from_regex("[0-9a-f]{64}", fullmatch=True), "note of others": JSONS},
+).map(Lora.model_validate)
+
+
+@given(st.lists(ENTRIES, max_size=4, unique_by=lambda lora: lora.name))
+@settings(deadline=None, max_examples=50)
+def test_whatever_is_written_is_read_back(entries: list[Lora]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        registry = Registry(Path(folder) / "lora_list.json", Path(folder))
+        for entry in entries:
+            registry.put(entry)
+        again = Registry(registry.path, registry.folder)
+        assert [lora.entry() for lora in again.entries().values()] == [lora.entry() for lora in entries]
+        assert (list(again.entries()), again.warning) == ([lora.name for lora in entries], None)
+
+
+EDITED = st.recursive(
+    st.sampled_from(["null", "true", "1", "NaN", "-Infinity", "1e999", "9" * 5000, '"a"', '"\\ud800"', '"../x.safetensors"', '"' + "a" * 64 + '"', "", "x", '"']),
+    lambda inner: st.lists(inner, max_size=2).map(lambda some: f"[{','.join(some)}]") | st.dictionaries(st.sampled_from(["a", "b:c", "base_model", "lora_path", "trigger words", "file_name", "schema_version", "usage_rights", "\\udc00", "creator"]), inner, max_size=6).map(lambda some: "{" + ",".join(f'"{name}": {value}' for name, value in some.items()) + "}"),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(EDITED | st.dictionaries(st.sampled_from(["a", "b"]), EDITED).map(lambda some: "{" + ",".join(f'"{name}": {{"base_model": "b", "lora_path": "p", "more": {value}}}' for name, value in some.items()) + "}") | st.text())
+@settings(deadline=None, max_examples=200)
+def test_a_hand_edited_file_is_read_or_its_fault_is_told(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        registry = Registry(Path(folder) / "lora_list.json", Path(folder))
+        registry.path.write_text(text, "utf-8")
+        listed = JSONResponse(keeping.listing(registry).model_dump()).body  # that GET /get_available_loras answers
+        if registry.warning:
+            assert registry.entries() == {}
+            assert re.search(r"line \d+, column \d+", registry.warning)
+        else:
+            assert set(json.loads(listed)["loras"]) == set(registry.of_kind("lora"))
+        try:
+            registry.put(lora("other"))
+        except Problem as problem:
+            assert (problem.details.status, bool(registry.warning)) == (409, True)
+        else:
+            assert "other" in registry.entries()

@@ -33,6 +33,8 @@ def members(text: str) -> Iterator[tuple[str, dict[str, Any], int]]:
         raise Broken(error.msg, text, error.pos) from None
     except RecursionError:
         raise Broken("nested too deeply", text, 0) from None
+    except ValueError as error:
+        raise Broken(f"cannot be read: {error}", text, 0) from None  # a number of thousands of digits
     if not isinstance(whole, dict):
         raise Broken("must be a JSON object of name to entry", text, 0)
     decode, position = json.JSONDecoder().raw_decode, text.index("{") + 1
@@ -41,6 +43,10 @@ def members(text: str) -> Iterator[tuple[str, dict[str, Any], int]]:
         entry, position = decode(text, _skip(text, position))
         if not isinstance(entry, dict):
             raise Broken(f"{name!r} must be a JSON object", text, start)
+        try:
+            json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Broken(f"{name!r} has half a character (\\uD800 to \\uDFFF)", text, start) from None
         yield name, entry, start
 
 
