@@ -67,6 +67,8 @@ def read(request: GenerationRequest, limit: int) -> Reading:
             found.notes.append(f"of {match.group(0)[:80]} only the first weight was used, for text encoder and denoiser alike")
         _take(found, "prompt", [name, *weights[:1]], 1.0, match.group(0), _TAG_SYNTAX)
     found.prompt = _TAG.sub("", request.prompt).strip()
+    if nested := _TAG.search(found.prompt):  # of what stood around another tag
+        found.errors.append(FieldError(field="prompt", message="has a LoRA within a LoRA", allowed=_TAG_SYNTAX, given=shown(nested.group(0))))
     if _TAG.search(request.negative_prompt):
         found.notes.append("<lora:...> in the negative prompt is plain text")
 

@@ -13,8 +13,10 @@ import re
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsType
 from diffusers import DiffusionPipeline
@@ -49,22 +51,24 @@ class Embedded:
 def parse_weights(prompt: str) -> Fragments:
     """A prompt as (text, weight) fragments. Unbalanced brackets are plain text's best reading:
     an open one weighs to the end, a stray closing one is text. Weights are kept within 0 to 10."""
-    fragments: list[tuple[str, float]] = []
+    found = list(_TOKEN.finditer(prompt))
+    texts: list[str] = []
+    weights = np.ones(len(found))  # an array: brackets nested by the thousand would take a list seconds
     round_open: list[int] = []
     square_open: list[int] = []
 
+    @np.errstate(all="ignore")
     def scale(start: int, factor: float) -> None:
-        for i in range(start, len(fragments)):
-            fragments[i] = (fragments[i][0], fragments[i][1] * factor)
+        weights[start : len(texts)] *= factor
 
-    for match in _TOKEN.finditer(prompt):
+    for match in found:
         text, weight = match.group(0), match.group(1)
         if text.startswith("\\") and len(text) == 2:
-            fragments.append((text[1], 1.0))
+            texts.append(text[1])
         elif text == "(":
-            round_open.append(len(fragments))
+            round_open.append(len(texts))
         elif text == "[":
-            square_open.append(len(fragments))
+            square_open.append(len(texts))
         elif weight is not None and round_open:
             scale(round_open.pop(), float(weight))
         elif text == ")" and round_open:
@@ -72,17 +76,13 @@ def parse_weights(prompt: str) -> Fragments:
         elif text == "]" and square_open:
             scale(square_open.pop(), 1 / 1.1)
         else:
-            fragments.append((text, 1.0))
+            texts.append(text)
     for start in round_open:
         scale(start, 1.1)
     for start in square_open:
         scale(start, 1 / 1.1)
-    merged: list[tuple[str, float]] = []
-    for text, weight in ((t, min(10.0, max(0.0, w))) for t, w in fragments):
-        if merged and merged[-1][1] == weight:
-            merged[-1] = (merged[-1][0] + text, weight)
-        else:
-            merged.append((text, weight))
+    bounded = [min(10.0, max(0.0, w)) for w in weights[: len(texts)].tolist()]
+    merged = [("".join(text for text, _ in alike), weight) for weight, alike in groupby(zip(texts, bounded, strict=True), lambda pair: pair[1])]
     return [(t, w) for t, w in merged if t.strip()] or [("", 1.0)]
 
 

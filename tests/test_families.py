@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
 from api import reading
 from core import schedulers
@@ -186,6 +192,37 @@ def test_weights_are_read_as_a1111_reads_them(prompt: str, fragments: list[tuple
     read = prompts.parse_weights(prompt)
     assert [text for text, _ in read] == [text for text, _ in fragments]
     assert [weight for _, weight in read] == pytest.approx([weight for _, weight in fragments])
+
+
+WEIGHTED = st.lists(st.tuples(st.text(st.characters(blacklist_categories=["Cs"]) | st.sampled_from("()[]\\\\:1. "), min_size=1, max_size=12), st.sampled_from([0.0, 0.25, 1.0, 1.1, 1.3, 10.0])), max_size=8)
+
+
+def written(text: str, weight: float) -> str:
+    plain = re.sub(r"[\\()\[\]]", r"\\\g<0>", text)
+    return plain if weight == 1 else f"({plain}:{weight:g})"
+
+
+@given(WEIGHTED)
+@settings_of_hypothesis(deadline=None)
+def test_weights_that_are_written_are_read_back(fragments: list[tuple[str, float]]) -> None:
+    alike = [("".join(text for text, _ in some), weight) for weight, some in itertools.groupby(fragments, lambda pair: pair[1])]
+    assert prompts.parse_weights("".join(written(*pair) for pair in fragments)) == ([pair for pair in alike if pair[0].strip()] or [("", 1.0)])
+
+
+@given(st.text(max_size=80) | st.text("()[]:\\\\ .-+019a", max_size=80))
+@settings_of_hypothesis(deadline=None)
+def test_any_prompt_is_read_as_weighted_text(prompt: str) -> None:
+    read = prompts.parse_weights(prompt)
+    assert all(0 <= weight <= 10 and text in ("", *[text] * bool(text.strip())) for text, weight in read)
+    marks = re.compile(r"[\\()\[\]:.\d+\-]|\s")  # of the syntax, or left out where alone
+    assert marks.sub("", "".join(text for text, _ in read)) == marks.sub("", prompt)
+
+
+@pytest.mark.parametrize("prompt", ["[" * 5000 + ":" * 5000, "(" * 3300 + ":" * 3300 + ")" * 3300, "(a:9" + "9" * 4000 + ")" * 5000, "((a:0):" + "9" * 9000 + ")", ":" * 10_000, "\\\\" * 10_000])
+def test_a_prompt_of_brackets_alone_is_read_within_a_second(prompt: str) -> None:
+    began = time.process_time()
+    prompts.parse_weights(prompt)
+    assert time.process_time() - began < 1
 
 
 def test_broken_weights_are_a_503_and_others_still_work(device: Device, tmp_path: Path, miniatures: dict[str, Path]) -> None:

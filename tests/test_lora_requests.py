@@ -12,6 +12,7 @@ from api import answering, reading
 from core import adapters, metadata
 from core.catalogue import Catalogue
 from core.generation import AppliedLora, Ran, Timing
+from core.loras.registry import is_name
 from core.model_settings import Model, Models
 from core.plans import Plan
 from core.problems import Problem
@@ -141,6 +142,28 @@ def test_any_text_gives_loras_or_errors(prompt: str, lora: str) -> None:
     read = adapters.read(GenerationRequest.model_construct(prompt=prompt, negative_prompt="", lora=lora, lora_scale=None), 8)
     assert all(-10 <= w.weight <= 10 for w in read.wanted)
     assert read.errors or "<lora:" not in read.prompt or ">" not in read.prompt.split("<lora:")[1]
+
+
+NAMES = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=30).filter(is_name)
+WEIGHTS = st.none() | st.floats(-10, 10).map(lambda weight: float(f"{weight:g}"))
+
+
+def named(name: str, weight: float | None) -> str:
+    return name if weight is None else f"{name}:{weight:g}"
+
+
+@given(st.dictionaries(NAMES, WEIGHTS, max_size=4), st.dictionaries(NAMES, WEIGHTS, max_size=4), st.text("a cat(:1.2),", max_size=20))
+def test_every_name_and_weight_that_is_written_is_read_back(field: dict[str, float | None], tags: dict[str, float | None], words: str) -> None:
+    tags = {name: weight for name, weight in tags.items() if name not in field}
+    prompt = words.join(["", *(f"<lora:{named(*each)}>" for each in tags.items()), ""]) if tags else words
+    lora = ",".join(named(*each) for each in field.items()) or None
+    read = adapters.read(GenerationRequest.model_construct(prompt=prompt, negative_prompt="", lora=lora, lora_scale=None), 8)
+    assert [(w.name, w.weight, w.field) for w in read.wanted] == [(name, 1 if weight is None else weight, where) for where, given in (("lora", field), ("prompt", tags)) for name, weight in given.items()]
+    assert (read.prompt, read.errors) == ((words * (len(tags) + 1)).strip() if tags else words.strip(), [])
+
+
+def test_a_tag_within_a_tag_is_refused_rather_than_left_in_the_prompt(catalogue: Catalogue) -> None:
+    assert "a LoRA within a LoRA" in refusal(catalogue, prompt="<lora<lora:ink>:neon> a cat")["prompt"]
 
 
 def test_headers_and_metadata_name_loras_rights_and_credit() -> None:
