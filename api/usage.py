@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Annotated, Literal
@@ -110,11 +111,21 @@ async def usage(
     if chosen == "json":
         times = {name: t.isoformat() if t else None for name, t in (("since", since), ("until", until))}
         return JSONResponse({**times, "group_by": groups, "usage": rows})
+    return Response(table(rows, [*groups, "requests", "pictures", "picture_steps", "flagged"]), media_type="text/csv", headers={"Content-Disposition": 'attachment; filename="usage.csv"'})
+
+
+def table(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> str:
+    """Rows as CSV."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [*groups, "requests", "pictures", "picture_steps", "flagged"])
+    writer = csv.DictWriter(out, columns)
     writer.writeheader()
-    writer.writerows(rows)
-    return Response(out.getvalue(), media_type="text/csv", headers={"Content-Disposition": 'attachment; filename="usage.csv"'})
+    writer.writerows({name: _no_formula(value) for name, value in row.items()} for row in rows)
+    return out.getvalue()
+
+
+def _no_formula(value: object) -> object:
+    """A cell that a spreadsheet would compute (a LoRA's name is its maker's) with the mark of a text before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 def _groups(text: str) -> list[Group]:

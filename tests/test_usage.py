@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import os
@@ -17,11 +19,12 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from api import answering
+from api import answering, usage
 from core import metadata
 from core.catalogue import Catalogue
 from core.database import in_file
 from core.generation import AppliedLora, Generation, Ran, Timing
+from core.loras.registry import is_name
 from core.model_settings import Model, Models
 from core.plans import Pixels, Plan
 from core.problems import Problem
@@ -90,6 +93,13 @@ def test_pictures_are_counted_by_key_model_and_lora(ledger: Ledger) -> None:
     today = datetime.now(UTC).date()
     assert {line.group["day"] for line in ledger.report(None, None, ["day"])} <= {str(today), str(today - timedelta(1))}
     assert len(ledger.report(None, None, ["key", "model", "lora"])) == 4
+
+
+@pytest.mark.parametrize("name", ["=1+1", "@SUM(1+1)*cmd|' '!A0", "+detail", "-x"])
+def test_no_name_is_a_formula_to_the_spreadsheet_that_opens_the_report(name: str) -> None:
+    assert is_name(name)
+    row = {"lora": name, "pictures": 1}
+    assert list(csv.DictReader(io.StringIO(usage.table([row, {"lora": "a=b", "pictures": -1}], list(row))))) == [{"lora": f"'{name}", "pictures": "1"}, {"lora": "a=b", "pictures": "-1"}]
 
 
 def test_a_report_is_bounded_in_time(ledger: Ledger) -> None:
