@@ -112,7 +112,8 @@ def is_public(address: str) -> bool:
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None) or nat64
         if inner is not None:
             return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not ip.is_unspecified
+    site = isinstance(ip, ipaddress.IPv6Address) and ip.is_site_local  # what fc00::/7 is now
+    return ip.is_global and not (site or ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
 def origin(url: httpx.URL) -> Origin:

@@ -331,7 +331,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(fake: FakeCivitai, 
     [
         ("1.1.1.1", True), ("2606:4700::1111", True), ("127.0.0.1", False), ("10.1.2.3", False), ("172.16.0.1", False), ("192.168.1.1", False),
         ("169.254.169.254", False), ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False), ("240.0.0.1", False), ("::1", False), ("::", False),
-        ("fe80::1%eth0", False), ("fc00::1", False), ("::ffff:10.0.0.1", False), ("64:ff9b::a00:1", False), ("2002:7f00:1::", False), ("ff02::1", False),
+        ("fe80::1%eth0", False), ("fc00::1", False), ("::ffff:10.0.0.1", False), ("64:ff9b::a00:1", False), ("2002:7f00:1::", False), ("ff02::1", False), ("fec0::1", False), ("::127.0.0.1", False), ("2001:0:4136:e378:8000:63bf:80ff:fffe", False),
     ],
 )
 def test_what_counts_as_a_public_address(address: str, public: bool) -> None:
