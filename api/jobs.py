@@ -227,7 +227,7 @@ async def _events(job: Job, request: Request) -> AsyncIterator[bytes]:
     """A snapshot at once and after every change, until the job is over or the client has gone. An event's id is the
     job's version: a client that comes back with it is told only what it does not know."""
     known = request.headers.get("last-event-id", "")
-    told, status, seen = (int(known) if known.isdecimal() else 0), None, None
+    told, status, seen = (int(known) if known.isdecimal() and len(known) < 19 else 0), None, None
     quiet = 0.0
     while True:
         if not job.over:

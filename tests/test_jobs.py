@@ -207,8 +207,9 @@ def test_a_running_job_is_cancelled_and_its_events_tell(server: Server) -> None:
     assert (again.status_code, again.json()["status"]) == (200, "canceled")
     problem(server.get(job["urls"]["result"]), 409)
     # Who comes back with the last id is told the end, and no more.
-    resumed = requests.get(server.url + job["urls"]["events"], headers={"X-API-Key": USER, "Last-Event-ID": str(seen[-1][2])}, stream=True, timeout=60)
-    assert [(name, data["status"]) for name, data, _ in events(resumed)] == [("status", "canceled")]
+    for known in (str(seen[-1][2]), "9" * 5000, "\xb2", "-1"):  # those that are none count for nothing
+        resumed = requests.get(server.url + job["urls"]["events"], headers={"X-API-Key": USER, "Last-Event-ID": known.encode("latin-1")}, stream=True, timeout=60)
+        assert [(name, data["status"]) for name, data, _ in events(resumed) if name != "preview"] == [("status", "canceled")]
 
 
 @pytest.mark.http
