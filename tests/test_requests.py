@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from api import reading
 from core import schedulers
@@ -137,3 +145,54 @@ def test_any_values_give_a_plan_or_a_problem(values: dict[str, object]) -> None:
         assert problem.details.status == 422
         assert problem.details.errors
         problem.body()
+
+
+async def _read(request: Request) -> Response:
+    try:
+        parsed, _ = await reading.read(request, SETTINGS.limits)
+    except Problem as problem:
+        assert problem.details.status == 422
+        return JSONResponse(sorted({error.field for error in problem.details.errors}), 422)
+    return JSONResponse(parsed.model_dump(mode="json", exclude_unset=True))
+
+
+TEXT = st.text(st.characters(blacklist_categories=["Cs"]) | st.sampled_from('"&=%+;\r\n\\'), max_size=30) | st.sampled_from(["null", '"', '""', '"a"', "true", "1"])
+NUMBER = st.integers() | st.floats()
+VALUES = {
+    name: TEXT if "str" in str(field.annotation) or "Literal" in str(field.annotation) else st.booleans() if field.annotation is bool else NUMBER
+    for name, field in GenerationRequest.model_fields.items() if name != "prompt" and "list" not in str(field.annotation) and "dict" not in str(field.annotation)
+}  # fmt: skip
+USUAL = {"seed": st.integers(-1, 2**53 - 1), "guidance_scale": st.floats(0, 30), "width": st.integers(1, 64).map(lambda n: 8 * n), "commercial": st.booleans(), "lora": st.just("a:0.5")}
+
+
+def written(value: object) -> str:
+    """As text: in a query, and in a form where it is no JSON."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def in_form(value: object) -> str:
+    """As BentoML's client writes what would else read as JSON."""
+    text = written(value)
+    return json.dumps(text) if text == "null" or (len(text) > 1 and text[0] == text[-1] == '"') else text
+
+
+@given(st.fixed_dictionaries({"prompt": TEXT}, optional=USUAL) | st.fixed_dictionaries({"prompt": TEXT}, optional=VALUES))
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=80)
+def test_query_form_and_json_say_the_same(values: dict[str, object]) -> None:
+    ways = [
+        {"params": {name: written(value) for name, value in values.items()}},
+        {"data": {name: in_form(value) for name, value in values.items()}},
+        {"files": {name: (None, in_form(value).encode()) for name, value in values.items()}},
+        {"content": json.dumps(values).encode(), "headers": {"Content-Type": "application/json"}},
+    ]
+
+    async def ask() -> list[tuple[int, object]]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(_app), base_url="http://easel") as client:
+            answers = [await client.post("/", **way) for way in ways]
+        return [(answer.status_code, answer.json()) for answer in answers]
+
+    first, *others = asyncio.run(ask())
+    assert others == [first] * 3
+
+
+_app = Starlette(routes=[Route("/", _read, methods=["POST"])])
