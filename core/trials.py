@@ -22,6 +22,7 @@ from core.plans import Assigned
 from core.problems import invalid_field, nearest, problem, unavailable
 from core.requests import GenerationRequest
 from core.settings import Settings, beside_configuration
+from core.versions import LaterVersion
 
 log = logging.getLogger("easel.experiments")
 T = TypeVar("T")
@@ -188,7 +189,7 @@ class Trials:
             connection.execute("PRAGMA synchronous = NORMAL")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > VERSION:
-                raise OSError(f"its version is {version}, and this Easel knows {VERSION}")
+                raise LaterVersion(f"its version is {version}, and this Easel knows {VERSION}: use the Easel that wrote it, or another experiments.path")
             connection.executescript(f"{_SCHEMA} PRAGMA user_version = {VERSION};")
             self._connection = connection
         return self._connection

@@ -200,7 +200,7 @@ def test_a_file_that_cannot_be_used_is_a_503_and_is_left_alone(tmp_path: Path) -
     newer = tmp_path / "newer.sqlite3"
     with sqlite3.connect(newer) as connection:
         connection.execute("PRAGMA user_version = 99")
-    with pytest.raises(Problem, match="version is 99"):
+    with pytest.raises(Problem, match="version is 99, and this Easel knows 1: use the Easel that wrote it"):
         Trials(newer).all()
 
 
