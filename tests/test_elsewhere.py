@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -80,8 +81,18 @@ def test_who_leaves_the_entry_frees_the_runner(servers: tuple[Server, Server]) -
     wait_for(lambda: running() == 0, 20)
 
 
+class Exploit:
+    """What makes a folder when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (self.path,)
+
+
 @pytest.mark.http
-def test_only_the_entrys_key_opens_what_it_calls_and_no_pickle_does(servers: tuple[Server, Server]) -> None:
+def test_only_the_entrys_key_opens_what_it_calls_and_no_pickle_does(servers: tuple[Server, Server], tmp_path: Path) -> None:
     entry, runner = servers
 
     def call(server: Server, key: str, media_type: str = "application/json", body: bytes = b"{}") -> requests.Response:
@@ -91,7 +102,10 @@ def test_only_the_entrys_key_opens_what_it_calls_and_no_pickle_does(servers: tup
     for key in (USER, ADMIN):
         problem(call(runner, key), 404)
     problem(call(runner, "wrong"), 401)
-    problem(call(runner, KEY, "application/vnd.bentoml+pickle", pickle.dumps({})), 415)
+    run = tmp_path / "run"
+    for media_type in ("application/vnd.bentoml+pickle", "Application/VND.bentoml+pickle; x=1", "application/octet-stream", "multipart/form-data; boundary=b", ""):
+        problem(call(runner, KEY, media_type, pickle.dumps(Exploit(str(run)))), 415)
+    assert not run.exists()
     problem(requests.get(runner.url + "/buffer_status", headers={"X-API-Key": KEY}, timeout=20), 401)
     assert KEY not in runner.log.read_text() + entry.log.read_text()
 
