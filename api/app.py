@@ -105,6 +105,8 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     title, headers = str(error.detail)[:100], dict(error.headers or {})
     if error.status_code == 405:  # Starlette tells the methods of the first route at this path alone
-        headers["Allow"] = ", ".join(sorted({method for route in request.app.state.routes if route.path_regex.match(request.url.path) for method in route.methods}))
+        path = request.url.path
+        routes = [r for r in request.app.state.routes if r.path == path] or [r for r in request.app.state.routes if r.path_regex.match(path)]
+        headers["Allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
     made = problem(error.status_code, title.lower().replace(" ", "-"), title, f"{title}: {request.method} {request.url.path[:200]}", headers=headers)
     return await _problem(request, made)

@@ -147,7 +147,7 @@ def _preferences(path: str, operation: Json) -> None:
     """The headers that routes heed which may answer a job of /jobs."""
     if "JobSnapshot" not in json.dumps(operation["responses"].get("202", {}).get("content", {})):
         return
-    heeded = [("Idempotency-Key", {"type": "string", "minLength": 1, "maxLength": 255}, "A key of the request's own: sent again within a day, the answer is the job that there is.")]
+    heeded = [("Idempotency-Key", {"type": "string", "minLength": 1, "maxLength": 255}, "A key of the request's own, for what leaves a job: sent again within a day, the answer is the job that there is.")]
     if path != "/jobs":
         heeded.insert(0, ("Prefer", {"type": "string"}, "respond-async: answer 202 with a job at once."))
     operation.setdefault("parameters", []).extend({"name": name, "in": "header", "required": False, "schema": kind, "description": told} for name, kind, told in heeded)
@@ -156,7 +156,8 @@ def _preferences(path: str, operation: Json) -> None:
 def _refusals(path: str, method: str, operation: Json) -> None:
     """What holds for every route: it needs a key; a POST counts and is refused by a server that shuts down; what is sent is checked."""
     answers: Json = operation["responses"]
-    answers.pop("422", None)
+    if "HTTPValidationError" in json.dumps(answers.get("422", {})):  # FastAPI's, which it puts to every route with a parameter
+        answers.pop("422")
     own = {int(status) for status in answers if int(status) >= 400}
     if operation.get("security") and {} not in operation["security"]:
         own |= {401, 403}

@@ -92,7 +92,7 @@ async def submitted(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, r
         Problem: as the generation's own route would before its work; 429 where the key is at a limit, or too many wait;
             422 where the Idempotency-Key was used for another request, 409 while that one is on its way into the store.
     """
-    key, client = _key(request), request.state.caller.id
+    key, client = reading.idempotency_key(request), request.state.caller.id
     if key is None:
         return _accepted(await _state(await _add(task, wanted, uploads, request, webhook_url)), request)
     digest = _digest(task, wanted, uploads, webhook_url)
@@ -143,13 +143,6 @@ async def _replayed(job: Job, digest: str, request: Request) -> Response:
         raise invalid_field("Idempotency-Key", "was used for another request", "a key of its own for each request, for a day")
     logs.of_job(job.id)
     return _accepted(await _state(job), request, **{"Idempotency-Replayed": "true"})
-
-
-def _key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not (0 < len(key) <= 255 and key.isascii() and key.isprintable()):
-        raise invalid_field("Idempotency-Key", "is not fit for one", "1 to 255 printable ASCII characters")
-    return key
 
 
 def _digest(task: Task[Any, Any], wanted: BaseModel, uploads: Uploads, webhook_url: str | None) -> str:

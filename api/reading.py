@@ -101,6 +101,18 @@ def prefers_async(request: Request) -> bool:
     return "respond-async" in (p.strip().lower() for p in request.headers.get("prefer", "").split(","))
 
 
+def idempotency_key(request: Request) -> str | None:
+    """The request's own key, by which jobs know that it was sent before.
+
+    Raises:
+        Problem: 422 where it is not fit for one.
+    """
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (0 < len(key) <= 255 and key.isascii() and key.isprintable()):
+        raise invalid_field("Idempotency-Key", "is not fit for one", "1 to 255 printable ASCII characters")
+    return key
+
+
 def parse(values: dict[str, Any]) -> GenerationRequest:
     """Check plain values as a GenerationRequest; raises as `check`."""
     return check(GenerationRequest, values)

@@ -102,6 +102,7 @@ async def respond(task: Task[Any, Any], request: Request) -> Response:
 
 async def done(task: Task[R, Any], wanted: R, uploads: Uploads, request: Request, draw: Draw | None = None) -> Response:
     """As `respond`, of what has been read. `draw`: instead of `drawn`."""
+    reading.idempotency_key(request)  # refused where it is wrong, though without a job nothing is known by it
     if reading.prefers_async(request):
         return cast(Response, await request.app.state.submit(task, wanted, uploads, request))
     accept = task.accepted(request.headers.get("accept"))
@@ -113,6 +114,7 @@ async def done(task: Task[R, Any], wanted: R, uploads: Uploads, request: Request
 async def typed(task: Task[R, A], request: Request) -> A:
     """As `respond`, for the routes of the typed APIs, whose answer is JSON whatever their clients accept."""
     wanted, uploads = await read(task, request)
+    reading.idempotency_key(request)
     if reading.prefers_async(request):
         return cast(A, await request.app.state.submit(task, wanted, uploads, request))  # FastAPI sends a Response as it is
     return await asyncio.to_thread(task.made, wanted, await made(task, wanted, uploads, request))

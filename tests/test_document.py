@@ -260,6 +260,11 @@ def check(call: Call, response: requests.Response, where: str) -> None:
     assert "X-Request-Id" in response.headers or call.path in ("/livez", "/healthz", "/readyz")
 
 
+def test_what_a_route_says_itself_about_its_refusals_stays() -> None:
+    assert "422" in DOCUMENT["paths"]["/jobs/{id}/outputs/{index}"]["get"]["responses"]
+    assert "422" not in DOCUMENT["paths"]["/jobs/{id}"]["get"]["responses"]  # any text is an id, and FastAPI's own 422 does not stay
+
+
 def test_the_headers_of_answers_are_those_that_are_written() -> None:
     written = [line.split('"')[1] for line in Path(answering.__file__).read_text().splitlines() if line.strip().startswith('headers["X-Easel')]
     assert {*written} <= set(answering.HEADERS)

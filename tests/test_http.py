@@ -180,7 +180,7 @@ def test_unknown_paths_and_methods_are_problems(server: Server) -> None:
     problem(server.get("/nothing"), 404)
     assert server.get("/post_config").headers["allow"] == "POST"
     problem(server.get("/post_config"), 405)
-    for path, methods in {"/jobs/x": "DELETE, GET", "/admin/experiments": "GET, POST", "/sdapi/v1/options": "GET, POST"}.items():
+    for path, methods in {"/jobs/x": "DELETE, GET", "/admin/experiments": "GET, POST", "/sdapi/v1/options": "GET, POST", "/admin/loras/jobs": "GET"}.items():
         wrong = requests.options(server.url + path, headers={"X-API-Key": ADMIN}, timeout=60)
         assert (wrong.status_code, wrong.headers["allow"]) == (405, methods)
 

@@ -120,5 +120,9 @@ def test_such_requests_have_idempotency_keys_and_are_no_tasks_of_post_jobs(serve
     first, again = (server.post(path, headers=LATER | {"Idempotency-Key": "edit-1"}, **body) for _ in range(2))
     assert first.json()["id"] == again.json()["id"]
     assert again.headers["idempotency-replayed"] == "true"
+    for wrong in ("", "x" * 256):  # refused where no job is wanted, too
+        assert server.post(path, headers={"Idempotency-Key": wrong}, **body).status_code == 400
+        refused = server.post("/caption", headers={"Idempotency-Key": wrong}, files={"image": RED})
+        assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "Idempotency-Key")
     assert server.get("/jobs?limit=1", key=USER).json()["jobs"][0]["task"] == "openai_edit"
     assert server.post("/jobs", json={"task": "openai_edit", **FAST}).status_code == 422

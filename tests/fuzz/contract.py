@@ -64,7 +64,7 @@ def sent(report: Path) -> int:
         event = json.loads(line)
         scenario = event.get("ScenarioFinished")
         if scenario:
-            count += len(scenario["recorder"]["interactions"])
+            count += len(scenario["recorder"].get("interactions", ()))  # none of a scenario that was skipped
     return count
 
 
