@@ -61,7 +61,7 @@ sbom: .venv/parts.stamp  ## write the Bento's bill of materials (CycloneDX) from
 	.venv/parts/bin/cyclonedx-py requirements requirements.lock --output-reproducible --of JSON -o sbom.cdx.json
 
 audit: .venv/parts.stamp  ## look for advisories on what is pinned; asks pypi.org
-	.venv/parts/bin/pip-audit --no-deps --disable-pip -r requirements.lock -r requirements-upscale.lock
+	.venv/parts/bin/pip-audit --strict --no-deps --disable-pip -r requirements.lock -r requirements-upscale.lock
 
 clean:  ## remove the virtual environment, and those of the benchmark
 	rm -rf .venv bench/.cache

@@ -68,8 +68,11 @@ class Gate:
             self.public |= {"/docs", "/openapi.json", "/docs.json", "/docs/oauth2-redirect"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or server_context.service_type != "entry_service":
+        if scope["type"] == "lifespan" or server_context.service_type != "entry_service":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # a WebSocket: nothing here is one
+            await send({"type": "websocket.close", "code": 1008})
             return
         request_id = _asked_for(scope) or uuid.uuid4().hex
         logs.begin(request_id)

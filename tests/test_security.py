@@ -19,12 +19,16 @@ import psutil
 import pytest
 from bentoml._internal.context import server_context
 from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message
 
-from api import gate
+from api import answering, gate
 from core import auth, images
 from core.auth import Keys
 from core.draining import Draining
+from core.generation import AppliedEmbedding, AppliedLora, Ran, Timing
 from core.loras import Lora, Registry
 from core.problems import Problem
 from core.quotas import Quotas
@@ -41,15 +45,17 @@ def entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_context, "service_type", "entry_service")
 
 
+def door(app: ASGIApp, mode: str = "keys") -> gate.Gate:
+    settings, http = Settings(auth={"mode": mode}), FastAPI()
+    http.state.routes = []
+    return gate.Gate(app, settings=settings, keys=Keys(settings, SECRETS), quotas=Quotas(settings.quotas, set(), lambda: pytest.fail("not asked"), lambda _: 0), http=http, draining=Draining(1, 0))
+
+
 def asked(path: str, headers: dict[str, str], method: str = "GET", mode: str = "keys", at: str = "http://127.0.0.1:3000") -> httpx.Response:
     """The gate's answer; behind it, all that passes is a 200."""
-    settings = Settings(auth={"mode": mode})
-    http = FastAPI()
-    http.state.routes = []
-    door = gate.Gate(JSONResponse({}), settings=settings, keys=Keys(settings, SECRETS), quotas=Quotas(settings.quotas, set(), lambda: pytest.fail("not asked"), lambda _: 0), http=http, draining=Draining(1, 0))
 
     async def ask() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url=at) as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(door(JSONResponse({}), mode)), base_url=at) as client:
             return await client.request(method, path, headers=headers)
 
     return asyncio.run(ask())
@@ -76,6 +82,24 @@ def test_the_password_that_a_browser_keeps_does_not_work_for_pages_of_other_site
     assert asked(A1111, BASIC | headers, method).status_code == status
 
 
+@pytest.mark.parametrize("headers", [[], [(b"x-api-key", b"admin-key")]])
+def test_a_websocket_is_closed_before_anything_behind_the_door_sees_it(headers: list[tuple[bytes, bytes]]) -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def behind(*_: object) -> None:
+        pytest.fail("it was let in")
+
+    scope = {"type": "websocket", "path": "/jobs", "headers": headers, "query_string": b"", "server": ("127.0.0.1", 3000)}
+    asyncio.run(door(behind)(scope, receive, send))
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
 def test_a_key_that_a_page_sends_itself_works_from_anywhere() -> None:
     assert asked(A1111, {"X-API-Key": "user-key", "Sec-Fetch-Site": "cross-site", "Origin": "http://a.example"}).status_code == 200
 
@@ -95,6 +119,18 @@ def test_no_other_site_is_told_that_it_may_read() -> None:
         answer = asked("/capabilities", {"X-API-Key": "user-key", "Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}, method)
         assert not [name for name in answer.headers if name.startswith("access-control-")]
         assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+@given(st.text(max_size=20) | st.text("\r\n:Xé ", max_size=20))
+def test_nothing_that_is_named_ends_a_header(named: str) -> None:
+    ran = Ran(
+        model_id=named, family="starter", scheduler=named, schedule=named, torch_dtype="float32", device=named, num_inference_steps=1, steps_run=1, guidance_scale=1, width=8, height=8,
+        clip_skip=0, strength=None, prompt=named, negative_prompt=named, prompt_tokens=1, prompt_tokens_cut=0, licence=named, commercial_use=True, credit=[named], notes=[named], libraries={},
+        timing=Timing(), model_sha256="f", worker=named, degraded=named, experiment=named, variant=named,
+        loras=[AppliedLora(name=named, weight=1, sha256="f", layers=1, unmatched=0, commercial_use=True, credit=named)],
+        embeddings=[AppliedEmbedding(name=named, sha256="f", vectors=1, commercial_use=True, credit=named)],
+    )  # fmt: skip
+    assert all(re.fullmatch("[ -~]*", value) for value in answering.describe(ran, [1]).values())
 
 
 # 2. Keys.
