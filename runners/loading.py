@@ -130,6 +130,8 @@ def load(entry: Entry, path: Path, dtype: torch.dtype, device: torch.device) -> 
             return upscalers.load(entry, path, dtype).to(device)
         cls = _base(entry)
         if path.is_file():
+            if path.suffix != ".safetensors":  # diffusers would unpickle it
+                raise ValueError(f"only .safetensors files are loaded, and {path.name} is none; convert it first")
             config = entry.model.config and str(ROOT / entry.model.config)
             pipeline = cls.from_single_file(str(path), dtype=dtype, config=config, local_files_only=bool(config), **extra)
         else:

@@ -17,6 +17,7 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Stabl
 from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from api import reading
 from core import schedulers
@@ -239,14 +240,16 @@ def test_broken_weights_are_a_503_and_others_still_work(device: Device, tmp_path
     other.queue.close()
 
 
-def test_pickled_checkpoints_are_refused(device: Device, tmp_path: Path, miniatures: dict[str, Path]) -> None:
+@pytest.mark.parametrize(("source", "why"), [("", "no file named diffusion_pytorch_model.safetensors"), ("unet/diffusion_pytorch_model.bin", "only .safetensors files are loaded")])
+def test_pickled_checkpoints_are_refused(tmp_path: Path, miniatures: dict[str, Path], source: str, why: str) -> None:
     pickled = tmp_path / "pickled"
     shutil.copytree(miniatures["sd15"], pickled)
-    (pickled / "unet/diffusion_pytorch_model.safetensors").unlink()
-    torch.save({}, pickled / "unet/diffusion_pytorch_model.bin")
-    settings = Settings(models=Models(default="pickled", catalogue=[Model(id="pickled", family="sd15", source=str(pickled))]))
+    weights = pickled / "unet/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))  # which diffusers would take, where it may
+    weights.unlink()
+    settings = Settings(models=Models(default="pickled", catalogue=[Model(id="pickled", family="sd15", source=str(pickled / source))]))
     other = Device(settings, Catalogue(settings))
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(Problem, match=re.escape(why)) as caught:
         draw(other, "pickled")
     assert caught.value.details.status == 503
     other.queue.close()

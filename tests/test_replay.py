@@ -136,6 +136,7 @@ def test_a1111s_settings_get_the_names_they_have_here(catalogue: Catalogue) -> N
         ("Denoising strength: 0.4, Hires resize: 128x128, Size: 64x64", {"hr_scale": 2, "hr_strength": 0.4, "hr_upscaler": "latent", "width": 64, "height": 64}, None),
         ("Hires upscale: 2, Hires upscaler: 4x-UltraSharp, Hires steps: 0", {"hr_scale": 2}, "there is no upscaler '4x-UltraSharp'"),
         ("Clip skip: x", {}, "clip_skip (x)"),
+        (f"Clip skip: {'9' * 5000}", {}, "clip_skip (999"),
     ],
 )
 def test_each_setting_is_honoured_or_told(catalogue: Catalogue, given: str, expected: dict, unmet: str | None) -> None:

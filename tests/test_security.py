@@ -34,6 +34,7 @@ from core.problems import Problem
 from core.quotas import Quotas
 from core.settings import ROOT, Limits, Secrets, Settings
 from tests.conftest import Server
+from tests.test_document import DOCUMENT
 
 SECRETS = Secrets(api_key="user-key,second-key", admin_api_key="admin-key")
 BASIC = {"Authorization": "Basic " + base64.b64encode(b"me:user-key").decode()}
@@ -147,6 +148,18 @@ def test_every_key_is_compared_whatever_is_given(given: str, monkeypatch: pytest
     monkeypatch.setattr(auth.hmac, "compare_digest", counted)
     Keys(Settings(), SECRETS).caller({"x-api-key": given})
     assert sorted(compared) == [b"admin-key", b"second-key", b"user-key"]
+
+
+HEALTH = {"/livez", "/healthz", "/readyz"}
+CHANGES_ALL = {"/add_lora", "/remove_lora", "/add_new_lora"}  # beside what is under /admin/
+
+
+@pytest.mark.parametrize("path", sorted(DOCUMENT["paths"].keys() - HEALTH))
+def test_every_route_needs_a_key_and_those_that_act_for_all_an_admins(path: str) -> None:
+    for method in DOCUMENT["paths"][path]:
+        for_admins = path.startswith("/admin/") or path in CHANGES_ALL
+        statuses = [asked(re.sub(r"\{\w+\}", "x", path), headers, method).status_code for headers in ({}, {"X-API-Key": "user-key"}, {"X-API-Key": "admin-key"})]
+        assert [status if status in (401, 403) else "let in" for status in statuses] == [401, 403 if for_admins else "let in", "let in"]
 
 
 def test_secrets_and_refusals_do_not_show_a_key() -> None:
