@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import re
 import shutil
 import time
@@ -237,6 +238,24 @@ def test_broken_weights_are_a_503_and_others_still_work(device: Device, tmp_path
         draw(other, "broken")
     assert caught.value.details.status == 503
     assert "broken" in caught.value.details.detail
+    other.queue.close()
+
+
+@pytest.mark.parametrize("component", [None, "unet"])
+def test_code_beside_weights_is_not_run(tmp_path: Path, miniatures: dict[str, Path], component: str | None) -> None:
+    folder, ran = tmp_path / "with_code", tmp_path / "ran"
+    shutil.copytree(miniatures["sd15"], folder)
+    for place in (folder, folder / "unet"):
+        (place / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nfrom diffusers import StableDiffusionPipeline as Own, UNet2DConditionModel\n")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {component: ["evil", "UNet2DConditionModel"]} if component else {"_class_name": ["evil", "Own"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    settings = Settings(models=Models(default="m", catalogue=[Model(id="m", family="sd15", source=str(folder))]))
+    other = Device(settings, Catalogue(settings))
+    with pytest.raises(Problem, match="custom code") as caught:
+        draw(other, "m")
+    assert caught.value.details.status == 503
+    assert not ran.exists()
     other.queue.close()
 
 
