@@ -17,13 +17,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
 DENOISERS, ENCODERS = ("unet", "transformer"), ("text_encoder", "text_encoder_2")
 _PEFT_PREFIX = "base_model.model."
 _UP = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight", ".lora_linear_layer.up.weight")
+_NAME = re.compile(r"[\w.-]+")
 _LAYER = re.compile(r"(.+)\.lora_[AB]\.(weight|bias)")
 
 
@@ -136,8 +136,22 @@ def _to_peft(state: dict[str, Tensor], name: str, component: nn.Module) -> dict[
 def _scale(settings: dict[str, Any], component: str, layer: str, rank: int) -> float:
     """alpha / rank by the header's settings (alpha / sqrt(rank) for rsLoRA); 1 where they are silent."""
     alphas = settings.get(f"{component}.alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), settings.get(f"{component}.lora_alpha", rank))
+    own = next((alpha for pattern, alpha in alphas.items() if _means(pattern, layer)), None)
+    alpha = settings.get(f"{component}.lora_alpha", rank) if own is None else own
     return float(alpha) / (math.sqrt(rank) if settings.get(f"{component}.use_rslora") else rank)
+
+
+def _means(pattern: str, layer: str) -> bool:
+    """Whether a key of PEFT's patterns means a layer, by its name or the end of it. PEFT runs keys as regular expressions; of a file
+    that anyone may have made, one could run for ever.
+
+    Raises:
+        ValueError: for a key that is more than a name.
+    """
+    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"its header has a pattern that is no layer's name ({name[:80]!r})")
+    return layer == name or (not pattern.startswith("^") and layer.endswith(f".{name}"))
 
 
 def _check_pairs(matrices: Matrices) -> None:

@@ -370,6 +370,7 @@ def test_no_log_has_the_key_or_a_signed_address(fake: FakeCivitai, tmp_path: Pat
 def test_redirects_without_end_are_refused(fake: FakeCivitai, tmp_path: Path) -> None:
     fake.faults.redirect = f"{fake.url}/api/download/models/10"
     assert "redirects" in refused(installer(fake, tmp_path), 502, "lora-source-answer")
+    assert len([seen for seen in fake.seen if seen.path.startswith("/api/download/")]) == 6  # the first, and five
 
 
 @pytest.mark.parametrize(("value", "seconds"), [(None, None), ("", None), ("5", 5), ("-3", 0), ("nan", None), ("inf", None), ("soon", None), ("Sun, 06 Nov 1994 08:49:37 GMT", 0)])

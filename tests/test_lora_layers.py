@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffusers import DiffusionPipeline
 from core.plans import PlannedLora
 from core.problems import Problem
 from runners.adapters import Adapters
+from runners.lora_files import _scale
 from tests import lora_files, miniatures
 
 FAMILIES = ("sd15", "sd2", "sdxl", "flux")
@@ -127,6 +129,16 @@ def test_weight_scales_the_change_and_zero_is_none(adapters: Adapters, tmp_path:
     assert changes[0] < 1e-6 < changes[1] < changes[2]
 
 
+PATTERNS = [("attn1.to_q", True), ("^{}$", True), ("{}", True), ("^attn1.to_q", False), ("ttn1.to_q", False), ("attn1.to_k", False)]
+
+
+@pytest.mark.parametrize(("pattern", "meant"), [*PATTERNS, (r"attn1\.to_q$", True)])
+def test_a_layers_own_alpha_is_found_by_its_name(pattern: str, meant: bool) -> None:
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    settings = {"unet.lora_alpha": 4, "unet.alpha_pattern": {pattern.format(layer): 12}}
+    assert _scale(settings, "unet", layer, 4) == (3 if meant else 1)
+
+
 def test_alpha_in_the_header_is_heeded(adapters: Adapters, tmp_path: Path) -> None:
     made = lora_files.matrices(adapters.pipe)
     raw = {k: v / (lora_files.ALPHA / lora_files.RANK) if "lora_B" in k else v for k, v in lora_files.diffusers_layout(made).items()}
@@ -164,6 +176,8 @@ def broken(kind: str, pipe: DiffusionPipeline, folder: Path) -> Path:
         lora_files.write(path, {**tensors, "unet.mid_block.attentions.0.proj_in.dora_scale": torch.ones(2)})
     elif kind == "another model":
         lora_files.write(path, {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 2), "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(2, 2)})
+    elif kind == "endless pattern":  # PEFT would match it against the layers' names
+        lora_files.write(path, tensors, {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {r"([\w.]+)+!": 4}})})
     elif kind == "no LoRA":
         lora_files.write(path, {"x": torch.ones(2)})
     return path
@@ -174,7 +188,7 @@ def broken(kind: str, pipe: DiffusionPipeline, folder: Path) -> Path:
     [
         ("missing", 503, "lora-missing"), ("text", 503, "lora-broken"), ("cut", 503, "lora-broken"), ("nan", 503, "lora-broken"),
         ("half a pair", 422, "lora-unfit"), ("wrong shape", 422, "lora-unfit"), ("strange keys", 422, "lora-unfit"), ("dora", 422, "lora-unfit"),
-        ("another model", 422, "lora-no-effect"), ("no LoRA", 422, "lora-no-effect"),
+        ("endless pattern", 422, "lora-unfit"), ("another model", 422, "lora-no-effect"), ("no LoRA", 422, "lora-no-effect"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_a_problem_and_harms_nothing(adapters: Adapters, tmp_path: Path, kind: str, status: int, slug: str) -> None:
