@@ -244,7 +244,7 @@ class Catalogue:
 
 def _plain(name: str) -> str:
     """A model's name without case, blanks and the like; A1111 writes a hash in brackets behind it."""
-    return re.sub(r"\W|_", "", re.sub(r"\.safetensors|\s*\[[0-9a-f]+\]$", "", name.lower()))
+    return re.sub(r"\W|_", "", re.sub(r"\.safetensors|\[[0-9a-f]+\]$", "", name.lower()))
 
 
 def _guess_family(name: str) -> Family:

@@ -22,7 +22,8 @@ from core.requests import GenerationRequest
 
 Source = Literal["easel", "a1111"]
 _TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
-_EDITING = re.compile(r"\[[^\[\]]*:[^\[\]]*:[\d.]+\]|\bAND\b|\bBREAK\b")
+_SCHEDULED = re.compile(r"\[([^\[\]]*):[\d.]+\]")  # with a colon within; the text is anyone's, and as long as they like
+_JOINED = re.compile(r"\b(?:AND|BREAK)\b")
 _NUMBER = re.compile(r"\d{1,5}")
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Of an infotext: what says nothing of how the picture came about, or is known from elsewhere.
@@ -149,7 +150,8 @@ def _of_infotext(text: str, catalogue: Catalogue) -> Replay:
         _model(replay, left.pop("Model"), catalogue)
     prompt, loras = _tags(replay, said.prompt)
     _loras(replay, prompt, loras, catalogue)
-    if not own and _EDITING.search(f"{prompt}\n{said.negative_prompt}"):
+    words = f"{prompt}\n{said.negative_prompt}"
+    if not own and (_JOINED.search(words) or any(":" in scheduled[1] for scheduled in _SCHEDULED.finditer(words))):
         replay.unmet.append("[from:to:when], AND and BREAK in a prompt are plain text here")
     _put(replay, negative_prompt=said.negative_prompt or None)
     if size := _SIZE.fullmatch(left.pop("Size", "")):

@@ -29,7 +29,7 @@ from core.model_settings import Family
 from core.plans import Plan
 from runners.textual_inversion import Embedding, read, taught
 
-_TOKEN = re.compile(r"\\\\|\\[()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|:|\\")
+_TOKEN = re.compile(r"\\\\|\\[()\[\]]|:\s*+([+-]?(?:\d++(?:\.\d*+)?|\.\d++))\s*+\)|[()\[\]]|[^\\()\[\]:]+|:|\\")
 
 
 Fragments = list[tuple[str, float]]  # a prompt in parts, each with its weight

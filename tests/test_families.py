@@ -220,7 +220,7 @@ def test_any_prompt_is_read_as_weighted_text(prompt: str) -> None:
     assert marks.sub("", "".join(text for text, _ in read)) == marks.sub("", prompt)
 
 
-@pytest.mark.parametrize("prompt", ["[" * 5000 + ":" * 5000, "(" * 3300 + ":" * 3300 + ")" * 3300, "(a:9" + "9" * 4000 + ")" * 5000, "((a:0):" + "9" * 9000 + ")", ":" * 10_000, "\\\\" * 10_000])
+@pytest.mark.parametrize("prompt", ["[" * 5000 + ":" * 5000, "(" * 3300 + ":" * 3300 + ")" * 3300, "(a:9" + "9" * 4000 + ")" * 5000, "((a:0):" + "9" * 9000 + ")", ":" * 10_000, ":" + "1" * 9999, ":" + " " * 9999, ":1" + " " * 9998, "\\\\" * 10_000])
 def test_a_prompt_of_brackets_alone_is_read_within_a_second(prompt: str) -> None:
     began = time.process_time()
     prompts.parse_weights(prompt)

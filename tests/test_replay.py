@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -180,6 +181,16 @@ def told(picture: Description) -> None:
 @hypothesis_settings(deadline=None, max_examples=50)
 def test_any_text_is_replayed_or_refused(text: str) -> None:
     told(Description("PNG", 64, 64, {"parameters": text + "\nSteps: 4, Seed: 1, Size: 64x64"}))
+
+
+LONG = ["[" + ":" * 300_000, "[" + ":1" * 150_000, "[a:" * 100_000, "<lora:" * 50_000, "<lora:a:1>" * 30_000, "AND " * 75_000, f"x\nSteps: 4, Seed: 1, Model: a{' ' * 300_000}b", "x\nSteps: 4, Seed: 1, Model: " + "[a" * 150_000, f"x\nSteps: 4, Seed: 1, Sampler: a{' ' * 300_000}b", "x\nSteps: 4, Seed: 1, Size: " + "1" * 300_000]
+
+
+@pytest.mark.parametrize("text", LONG, ids=[text[:32].split("\n")[-1][:24] for text in LONG])
+def test_a_long_text_holds_nobody_up(text: str) -> None:
+    began = time.process_time()
+    told(Description("PNG", 64, 64, {"parameters": text if "\n" in text else f"{text}\nSteps: 4, Seed: 1, Size: 64x64"}))
+    assert time.process_time() - began < 2
 
 
 KNOWN = [*replay._PLAIN, *replay._MASK, "Model", "Size", "Sampler", "Schedule type", "Clip skip", "Hires upscaler", "Hires resize", "Denoising strength", "Mask mode", "Inpaint area", "Left", "ControlNet 0", "Version", "Foo"]
