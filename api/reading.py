@@ -30,6 +30,7 @@ _BODIES = "multipart/form-data, application/x-www-form-urlencoded, application/j
 
 # The form parts of a request for pictures, and how many of each.
 GUIDES = {"control_image": MAX_IMAGES, "ip_adapter_image": MAX_IMAGES}
+MOST_VALUES = 50_000  # of JSON, by its commas, those of prompts among them: each may be an error to tell
 PARTS = {"image": 1, "mask": 1, **GUIDES}
 
 
@@ -195,10 +196,13 @@ async def read_json(request: Request) -> dict[str, Any]:
     """The body as a JSON object.
 
     Raises:
-        Problem: 400 where it is none.
+        Problem: 400 where it is none, 422 where it has more values than any request.
     """
+    data = await request.body()
+    if data.count(b",") > MOST_VALUES:
+        raise invalid_field("body", "has too many values", f"at most {MOST_VALUES}")
     try:
-        body = json.loads(await request.body(), parse_constant=float, object_pairs_hook=_once)
+        body = json.loads(data, parse_constant=float, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         raise problem(400, "bad-json", "Malformed JSON", "The body is not JSON.") from None
     if not isinstance(body, dict):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 MEDIA_TYPE = "application/problem+json"
 # Takes a field that cannot be honoured: its name, what is wrong, what is allowed, and what was given.
 Refuse = Callable[[str, str, str | list[str] | None, object], None]
+MOST_TOLD = 30  # errors of one request
 
 
 class FieldError(BaseModel):
@@ -95,19 +96,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def from_validation(error: ValidationError, known: Iterable[str]) -> Problem:
-    """A pydantic error as a 422 that names each field and what it allows."""
+    """A pydantic error as a 422 that names each field and what it allows; of very many, the first, and how many more."""
     known = list(known)
-    errors = []
-    for item in error.errors(include_url=False):
+    errors: list[FieldError] = []
+    found = error.errors(include_url=False)
+    for item in found[:MOST_TOLD]:
         field = ".".join(str(part) for part in item["loc"]).encode("utf-8", "replace").decode() or "request"
         if item["type"] == "extra_forbidden":
-            message = f"unknown parameter{nearest(field, known)}"
+            message = f"unknown parameter{nearest(field[:80], known)}"
             errors.append(FieldError(field=field[:80], message=message, allowed=sorted(known)))
         else:
             message = item["msg"].removeprefix("Value error, ")
             limits = {k: v for k, v in item.get("ctx", {}).items() if isinstance(v, (int, float, str))}
             allowed = ", ".join(f"{k} {v}" for k, v in limits.items()) or None
             errors.append(FieldError(field=field, message=message, allowed=allowed, given=shown(item.get("input"))))
+    if more := len(found) - len(errors):
+        errors.append(FieldError(field="request", message=f"has {more} more errors"))
     return invalid(errors)
 
 
