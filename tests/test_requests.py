@@ -158,7 +158,7 @@ async def _read(request: Request) -> Response:
 
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs"]) | st.sampled_from('"&=%+;\r\n\\'), max_size=30) | st.sampled_from(["null", '"', '""', '"a"', "true", "1"])
-NUMBER = st.integers() | st.floats()
+NUMBER = st.integers() | st.floats(-1e15, 1e15) | st.sampled_from([float("nan"), float("inf")])  # larger ones are written with an exponent, which is no whole number
 VALUES = {
     name: TEXT if "str" in str(field.annotation) or "Literal" in str(field.annotation) else st.booleans() if "bool" in str(field.annotation) else NUMBER
     for name, field in GenerationRequest.model_fields.items() if name != "prompt" and "list" not in str(field.annotation) and "dict" not in str(field.annotation)
