@@ -121,10 +121,11 @@ def test_a_slow_upstream_is_given_up(fake: FakeLlm, fault: str) -> None:
     assert (found.details.status, found.details.type.rpartition(":")[2]) == (504, "llm-timeout")
 
 
-@pytest.mark.parametrize("fault", ["huge", "html", "no-choices"])
-def test_an_answer_that_is_none_is_a_bad_gateway(fake: FakeLlm, fault: str) -> None:
+@pytest.mark.parametrize(("fault", "why"), [("huge", "more than 100000 bytes"), ("html", "no chat completion"), ("no-choices", "no chat completion")])
+def test_an_answer_that_is_none_is_a_bad_gateway(fake: FakeLlm, fault: str, why: str) -> None:
     fake.fault = fault
-    assert refusal(assistant(fake, answer_bytes=100_000)).details.status == 502
+    found = refusal(assistant(fake, answer_bytes=100_000)).details
+    assert (found.status, why in found.detail) == (502, True)
 
 
 @pytest.mark.parametrize(("status", "ours"), [(400, 502), (401, 502), (404, 502), (429, 503), (500, 503), (302, 502)])

@@ -13,7 +13,9 @@ from prometheus_client import REGISTRY, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import core.metrics as named
-from core.settings import ROOT
+from core.catalogue import Catalogue
+from core.model_settings import Model, Models
+from core.settings import ROOT, Settings
 from tests.conftest import ADMIN, Server, serving, wait_for
 from tests.test_http import jpeg, picture, problem
 from tests.test_shutdown import runner_of
@@ -99,6 +101,11 @@ def test_what_callers_make_up_is_no_label(server: Server) -> None:
     assert not re.search(r"made/up|MADE|secret|none\d|your-api-key|admin-key", text)
     assert value(server, "easel_http_requests_total", service="ImageGeneration", route="other", method="GET", status="401") == 50
     assert value(server, "easel_http_requests_total", service="ImageGeneration", route="/admin/loras/jobs/{id}", method="GET", status="404") == 50
+
+
+def test_a_model_that_is_not_listed_is_no_label() -> None:
+    catalogue = Catalogue(Settings(models=Models(allow_unlisted=True, default="a", catalogue=[Model(id="a", family="starter")])))
+    assert [named.model(catalogue.find(id)) for id in ("a", "someone/dreamy-xl")] == ["a", named.UNLISTED]
 
 
 def test_a_runner_alone_has_its_own_and_no_server_clears_anothers(server: Server, tmp_path: Path) -> None:

@@ -123,6 +123,11 @@ def test_keys_are_made_once_and_only_readable_by_their_owner(tmp_path: Path, mon
     made = keys.ensure(tmp_path / ".env")
     assert set(made) == {"API_KEY", "ADMIN_API_KEY"}
     assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
+    # One that was there, for all to read.
+    (tmp_path / ".env").write_text("API_KEY=mine")
+    (tmp_path / ".env").chmod(0o644)
+    assert set(keys.ensure(tmp_path / ".env")) == {"ADMIN_API_KEY"}
+    assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
     assert keys.ensure(tmp_path / ".env") == {}
 
 

@@ -92,6 +92,15 @@ def test_the_page_names_only_files_that_there_are_and_has_no_code_of_its_own() -
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|setHTML", text), name
 
 
+def test_its_policy_lets_no_other_code_run_and_no_page_frame_it() -> None:
+    policy = {name: set(values) for name, *values in (directive.split() for directive in studio.POLICY.split(";"))}
+    closed = {"'none'"}
+    assert policy == {
+        "default-src": closed, "script-src": {"'self'"}, "style-src": {"'self'"}, "img-src": {"'self'", "blob:", "data:"}, "connect-src": {"'self'"}, "form-action": closed,
+        "frame-ancestors": closed, "base-uri": closed, "require-trusted-types-for": {"'script'"}, "trusted-types": closed,
+    }  # fmt: skip
+
+
 # The page.
 
 
