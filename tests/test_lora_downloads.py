@@ -210,6 +210,12 @@ def test_a_fault_is_a_clear_problem(fake: FakeCivitai, tmp_path: Path, fault: di
     next_works(fake, made)
 
 
+def test_a_file_that_does_not_say_how_long_it_is_is_still_bounded(fake: FakeCivitai, tmp_path: Path) -> None:
+    fake.add(3, "Long", content=weights(30) + bytes(200_000), file={"sizeKB": None, "hashes": {}})
+    fake.faults.file = "chunked"
+    assert "loras.max_bytes" in refused(installer(fake, tmp_path, max_bytes=100_000), 413, "lora-too-large", 3)
+
+
 def test_a_wait_that_is_too_long_is_told_at_once(fake: FakeCivitai, tmp_path: Path) -> None:
     fake.faults.download_status, fake.faults.download_headers = 429, {"Retry-After": "3600"}
     made = installer(fake, tmp_path)
