@@ -64,8 +64,17 @@ def problem(status: int, slug: str, title: str, detail: str, **more: Any) -> Pro
     return Problem(details, headers)
 
 
-def invalid(errors: list[FieldError]) -> Problem:
-    """422: the request is understood, and these fields of it cannot be honoured."""
+def invalid(errors: list[FieldError], in_all: int = 0) -> Problem:
+    """422: the request is understood, and these fields of it cannot be honoured; of very many, the first and how many more.
+
+    Args:
+        in_all: how many there are, where `errors` are the first.
+    """
+    more = max(in_all, len(errors)) - MOST_TOLD
+    return _invalid(errors if more <= 0 else [*errors[:MOST_TOLD], FieldError(field="request", message=f"has {more} more errors")])
+
+
+def _invalid(errors: list[FieldError]) -> Problem:
     return problem(
         422,
         "invalid-parameters",
@@ -96,7 +105,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def from_validation(error: ValidationError, known: Iterable[str]) -> Problem:
-    """A pydantic error as a 422 that names each field and what it allows; of very many, the first, and how many more."""
+    """A pydantic error as a 422 that names each field and what it allows."""
     known = list(known)
     errors: list[FieldError] = []
     found = error.errors(include_url=False)
@@ -110,15 +119,13 @@ def from_validation(error: ValidationError, known: Iterable[str]) -> Problem:
             limits = {k: v for k, v in item.get("ctx", {}).items() if isinstance(v, (int, float, str))}
             allowed = ", ".join(f"{k} {v}" for k, v in limits.items()) or None
             errors.append(FieldError(field=field, message=message, allowed=allowed, given=shown(item.get("input"))))
-    if more := len(found) - len(errors):
-        errors.append(FieldError(field="request", message=f"has {more} more errors"))
-    return invalid(errors)
+    return invalid(errors, len(found))
 
 
 def renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
     """The same problem, its fields under the names that a contract has for them."""
     errors = [e.model_copy(update={"field": names.get(e.field, e.field)}) for e in problem.details.errors]
-    return Problem(invalid(errors).details, problem.headers) if errors and problem.details.status == 422 else problem
+    return Problem(_invalid(errors).details, problem.headers) if errors and problem.details.status == 422 else problem
 
 
 def too_large(limit: int) -> Problem:

@@ -202,6 +202,9 @@ def test_very_many_errors_hold_nobody_up(body: str) -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(_app), base_url="http://easel") as client:
             return await client.post("/", content=body.encode(), headers={"Content-Type": "application/json"})
 
+    with pytest.raises(Problem) as caught:
+        plan(controlnet=["a"] * 40_000)
+    assert len(caught.value.details.errors) == 31
     began = time.process_time()
     answer = asyncio.run(ask())
     assert (answer.status_code, len(answer.json()) <= 31) == (422, True)
