@@ -107,8 +107,10 @@ class Job:
     def state(self) -> JobSnapshot:
         """As callers see it."""
         at, single = f"/jobs/{self.id}", f"/jobs/{self.id}/outputs"
-        value = 1.0 if self.status == "succeeded" else round(min(1.0, self.step / self.steps), 4) if self.steps else 0.0
-        steps = self.steps if self.status != "succeeded" or self.steps is None else max(self.steps, self.step)
+        done, step, steps = self.status == "succeeded", self.step, self.steps
+        if done and steps is not None:  # the last ones may have been made since the runner was asked
+            step = steps = max(step, steps)
+        value = 1.0 if done else round(min(1.0, step / steps), 4) if steps else 0.0
         ended = self.completed_at
         return JobSnapshot(
             id=self.id,
@@ -119,7 +121,7 @@ class Job:
             completed_at=_time(ended) if ended else None,
             expires_at=_time(self.expires_at) if self.expires_at else None,
             queue_position=self.position if self.status == "queued" else None,
-            progress=JobProgress(value=value, step=self.step, steps=steps),
+            progress=JobProgress(value=value, step=step, steps=steps),
             outputs=[JobOutput(index=i, url=f"{single}/{i}", media_type=kind, seed=seed) for i, (kind, seed) in enumerate(self.outputs)],
             error=ProblemDetails(**self.error) if self.error else None,
             metrics=JobMetrics(

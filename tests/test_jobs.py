@@ -320,7 +320,10 @@ def test_a_result_is_kept_whole_and_forgotten_in_time(tmp_path: Path) -> None:
     job = add(store)
     store.claim(["StableDiffusion"], 1)
     made = Generation(pictures=[Pixels(width=2, height=1, data=bytes([0, 255, 128, 7, 8, 254]))], seeds=[5], ran=None)
-    store.finish(job.id, "succeeded", made, [["image/png", 5]])
+    store.tell(job.id, step=1, steps=3)  # the last that was heard before it was done
+    finished = store.finish(job.id, "succeeded", made, [["image/png", 5]])
+    assert finished is not None
+    assert finished.state().progress.model_dump() == {"value": 1.0, "step": 3, "steps": 3}
     assert store.result(job.id) == ("{}", "*/*", made)
     time.sleep(0.06)
     store.sweep()
