@@ -118,6 +118,6 @@ def unreachable(url: str, error: Exception) -> Refused:
 
 def line(problem: Json) -> str:
     """A problem (RFC 9457) as one line: what was wrong, and what is allowed."""
-    text = str(problem.get("detail") or problem.get("title") or problem)
+    text = str(problem.get("detail") or problem.get("title") or problem).rstrip(".") + "."
     allowed = [(e["field"], e["allowed"]) for e in problem.get("errors") or [] if e.get("allowed")]
     return text + "".join(f" {field} allows: {given if isinstance(given, str) else ', '.join(map(str, given))}."[:300] for field, given in allowed)

@@ -63,8 +63,7 @@ def test_pictures_go_in_and_captions_come_out(server: Server, tmp_path: Path) ->
 def test_what_is_refused_is_one_line_that_says_what_is_allowed(server: Server, tmp_path: Path) -> None:
     refused = easel(server, "generate", "x", "--steps", 1000, "-o", tmp_path, code=1)
     assert (refused.stdout, refused.stderr.count("\n")) == ("", 1)
-    assert "num_inference_steps" in refused.stderr
-    assert "150" in refused.stderr
+    assert refused.stderr == "easel: num_inference_steps: is too large. num_inference_steps allows: 1 to 150.\n"
     assert "key" in easel(server, "status", key="wrong", code=1).stderr
     assert "There is no job" in easel(server, "jobs", "show", "job_0", code=1).stderr
     assert "admin" in easel(server, "loras", "remove", "x", code=1).stderr
