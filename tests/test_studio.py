@@ -369,14 +369,14 @@ def test_nothing_that_is_named_becomes_markup(page: Page) -> None:
 
 @pytest.mark.parametrize("part", ["create", "caption", "server", "loras"])
 def test_every_control_has_a_name_and_a_phone_need_not_scroll_sideways(page: Page, part: str) -> None:
-    page.browser.set_window_size(500, 900)
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 360, "height": 780, "deviceScaleFactor": 2, "mobile": True})
     try:
         page.open(ADMIN, part)
-        assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+        assert page.run("return [innerWidth, document.documentElement.scrollWidth]") == [360, 360]
         time.sleep(0.3)
         nodes = page.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     finally:
-        page.browser.set_window_size(1280, 1000)
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     roles = {"button", "textbox", "searchbox", "checkbox", "combobox", "spinbutton", "slider", "link", "application", "img", "progressbar", "meter"}
     found = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"] and node["role"]["value"] in roles]
     assert len(found) > 5
