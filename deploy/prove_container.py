@@ -52,6 +52,7 @@ def main() -> int:
         return SKIPPED
     os.environ.setdefault("BUILDAH_ISOLATION", "chroot")
     signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGTERM, _ended)
     signal.alarm(arguments.seconds)
     with contextlib.nullcontext() if arguments.keep else _apart():
         _prove(arguments)
@@ -276,6 +277,10 @@ def _run(*command: str) -> str:
 
 def _late(*_: object) -> None:
     raise SystemExit("not proved in time")
+
+
+def _ended(*_: object) -> None:
+    raise SystemExit("ended before it was proved")
 
 
 if __name__ == "__main__":
