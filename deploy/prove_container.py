@@ -119,7 +119,8 @@ def _base() -> None:
     """Debian with its Python 3.11 under the name of the official image, which has much the same."""
     with tempfile.TemporaryDirectory(prefix="easel-base-") as folder:
         root = Path(folder) / "root"
-        _run("debootstrap", "--variant=minbase", "--include=python3,python3-pip,python3-venv,ca-certificates", "bookworm", str(root), DEBIAN)
+        # In mounts of its own, since it mounts /proc in there and leaves it where it is ended.
+        _whole("unshare", "--mount", "debootstrap", "--variant=minbase", "--include=python3,python3-pip,python3-venv,ca-certificates", "bookworm", str(root), DEBIAN)
         (root / "usr/lib/python3.11/EXTERNALLY-MANAGED").unlink()  # the official image's Python is nobody else's
         shutil.copy("/etc/ssl/certs/ca-certificates.crt", root / "etc/ssl/certs/ca-certificates.crt")
         for rubbish in ("var/cache/apt/archives", "var/lib/apt/lists"):
@@ -133,14 +134,18 @@ def _base() -> None:
 
 
 def _build(wheels: Path | None) -> None:
-    environment = {**os.environ, **({"WHEELS": str(wheels)} if wheels else {})}
-    build = subprocess.Popen([str(ROOT / "deploy/container/build.sh"), "cpu"], env=environment, start_new_session=True)
+    _whole(str(ROOT / "deploy/container/build.sh"), "cpu", **({"WHEELS": str(wheels)} if wheels else {}))
+
+
+def _whole(*command: str, **environment: str) -> None:
+    """Run a command; all that it started ends with it."""
+    process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
     try:
-        if code := build.wait():
-            raise SystemExit(f"deploy/container/build.sh failed with {code}")
+        if code := process.wait():
+            raise SystemExit(f"{' '.join(command[:3])} failed with {code}")
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(build.pid, signal.SIGKILL)  # with all that it started
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _serve(root: Path, config: dict[str, Any], picture: Path) -> None:
