@@ -4,6 +4,8 @@ nothing behind and the registry as it was, and the next request works."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import hashlib
 import json
 import logging
@@ -13,14 +15,16 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.egress import is_public
-from core.loras.installing import Installer
+from core.loras.installing import Installer, Job
 from core.loras.messages import Added, AddLora
 from core.outgoing import parse_retry_after
 from core.problems import Problem
@@ -418,6 +422,32 @@ def test_the_second_goes_on_where_the_first_is_cancelled(fake: FakeCivitai, tmp_
     assert contents(made) == ["civitai-10.safetensors"]
 
 
+@pytest.mark.parametrize("source", [1, 404])
+def test_a_job_that_is_over_keeps_nothing_of_the_request_that_began_it(fake: FakeCivitai, tmp_path: Path, source: int) -> None:
+    made = installer(fake, tmp_path)
+    current: ContextVar[Any] = ContextVar("current")
+
+    async def ask() -> tuple[Job, weakref.ref[Any]]:
+        class Request:
+            pass
+
+        current.set(request := Request())
+        job = made.start(AddLora(source=source))
+        with contextlib.suppress(Problem):
+            await job.result()
+        return job, weakref.ref(request)
+
+    async def run() -> None:
+        job, request = await asyncio.create_task(ask())
+        await asyncio.sleep(0)
+        gc.collect()
+        assert job.state.status == ("succeeded" if source == 1 else "failed")
+        assert job.state.id in made.jobs
+        assert request() is None
+
+    asyncio.run(run())
+
+
 def test_a_cancelled_job_leaves_nothing_and_tells_its_progress_before(fake: FakeCivitai, tmp_path: Path) -> None:
     made = installer(fake, tmp_path)
     fake.faults.file = "slow"
@@ -466,8 +496,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 IN_A_PROCESS = """
 import asyncio, json, sys
+from contextvars import ContextVar
 from pathlib import Path
-from core.loras.installing import Installer
+from core.loras.installing import Installer, Job
 from core.loras.messages import AddLora
 from core.settings import Secrets, Settings
 made = Installer(Settings(loras=json.loads(sys.argv[1])), Secrets(), Path(sys.argv[2]))

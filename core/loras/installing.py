@@ -26,7 +26,7 @@ from core.loras.egress import Egress
 from core.loras.keeping import already_there, now, with_terms
 from core.loras.messages import Added, AddLora, CivitaiSource, DownloadProgress, HubSource, JobState
 from core.loras.registry import Lora, Registry, name_taken
-from core.problems import Problem, ProblemDetails, invalid_field, problem
+from core.problems import Problem, invalid_field, problem
 from core.settings import Secrets, Settings
 
 log = logging.getLogger("easel.loras")
@@ -35,13 +35,14 @@ RATE_WINDOW_S = 10.0
 
 
 class Job:
-    """One adding. Its task ends well or with a Problem."""
+    """One adding. `task` is set until it is over: a task keeps what it ran with, its request among that, and jobs are kept for long."""
 
     def __init__(self, wanted: AddLora) -> None:
         source = wanted.source.model_dump(exclude_none=True) if isinstance(wanted.source, BaseModel) else wanted.source
         self.state = JobState(id=f"lora_{uuid.uuid4().hex}", source=str(source)[:500], status="queued", created_at=now(), progress=DownloadProgress())
         self.wanted = wanted
-        self.task: asyncio.Task[Added] | None = None
+        self.task: asyncio.Task[None] | None = None
+        self._problem: Problem | None = None
         self._marks: list[tuple[float, int]] = []
 
     async def result(self) -> Added:
@@ -50,8 +51,12 @@ class Job:
         Raises:
             Problem: what stood in the way.
         """
-        assert self.task is not None
-        return await asyncio.shield(self.task)
+        if self.task:
+            await asyncio.wait([self.task])
+        if self._problem:
+            raise Problem(self._problem.details, self._problem.headers)
+        assert self.state.result is not None
+        return self.state.result
 
     def progress(self, done: int, total: int | None) -> None:
         now = time.monotonic()
@@ -61,8 +66,11 @@ class Job:
         eta = (total - done) / rate if total is not None and rate else None
         self.state.progress = DownloadProgress(value=done / total if total else 0, bytes=done, total_bytes=total, rate=round(rate), eta_s=None if eta is None else round(eta, 1))
 
-    def finish(self, status: Literal["succeeded", "failed", "canceled"], result: Added | None = None, error: ProblemDetails | None = None) -> None:
-        self.state.status, self.state.result, self.state.error, self.state.completed_at = status, result, error, now()
+    def finish(self, status: Literal["succeeded", "failed", "canceled"], result: Added | None = None, error: Problem | None = None) -> None:
+        self.state.status, self.state.result, self.state.completed_at, self.task = status, result, now(), None
+        if status == "failed" and error:
+            self.state.error = error.details
+        self._problem = error and Problem(error.details, error.headers)  # without its traceback
 
 
 class Installer:
@@ -77,13 +85,12 @@ class Installer:
         sweep(self.registry.folder, settings.loras.deadline_s + 3600)
 
     def start(self, wanted: AddLora) -> Job:
-        """Begin a job; its `task` is to be awaited or left alone."""
+        """Begin a job; its result is to be waited for or left alone."""
         job = Job(wanted)
         self.jobs[job.state.id] = job
         for old in [j for j in self.jobs.values() if j.state.completed_at][: max(0, len(self.jobs) - KEPT_JOBS)]:
             del self.jobs[old.state.id]
         job.task = asyncio.create_task(self._run(job))
-        job.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, though nobody may wait
         return job
 
     def job(self, id: str) -> Job:
@@ -94,12 +101,11 @@ class Installer:
     async def cancel(self, id: str) -> Job:
         """Stop a job and take away what it had; one that is over stays as it is."""
         job = self.job(id)
-        assert job.task is not None
-        job.task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await job.task
+        if task := job.task:
+            task.cancel()
+            await asyncio.wait([task])
         if job.state.completed_at is None:  # it had not begun
-            job.finish("canceled")
+            job.finish("canceled", error=_cancelled())
         return job
 
     async def close(self) -> None:
@@ -107,24 +113,20 @@ class Installer:
         for id in [id for id, job in self.jobs.items() if not job.state.completed_at]:
             await self.cancel(id)
 
-    async def _run(self, job: Job) -> Added:
+    async def _run(self, job: Job) -> None:
         try:
             job.state.status, job.state.started_at = "running", now()
             added = await self._add(job)
             job.finish("succeeded", added)
             log.info("%s", added.message)
-            return added
         except asyncio.CancelledError:
-            job.finish("canceled")
-            raise problem(499, "lora-cancelled", "Cancelled", "Adding this LoRA was cancelled; nothing was kept.") from None
+            job.finish("canceled", error=_cancelled())
         except Problem as error:
-            job.finish("failed", error=error.details)
+            job.finish("failed", error=error)
             log.warning("LoRA from %r was not added: %s", job.state.source, error.details.detail)
-            raise
         except Exception:
-            job.finish("failed", error=problem(500, "internal", "Internal error", "The server failed; its log says how.").details)
+            job.finish("failed", error=problem(500, "internal", "Internal error", "The server failed; its log says how."))
             log.exception("LoRA from %r was not added", job.state.source)
-            raise
 
     async def _add(self, job: Job) -> Added:
         wanted = job.wanted
@@ -212,3 +214,7 @@ def _named(lora: Lora, wanted: AddLora, known: dict[str, Lora]) -> Lora:
     if name in known:
         raise name_taken(name)
     return with_terms(lora.model_copy(update={"name": name}), wanted)
+
+
+def _cancelled() -> Problem:
+    return problem(499, "lora-cancelled", "Cancelled", "Adding this LoRA was cancelled; nothing was kept.")
