@@ -20,7 +20,7 @@ from simple_di.providers import SingletonFactory
 from yaml import YAMLError
 
 from api import animate, app, backend, gate, job_store, jobs, multimodal, quotas, typed, upscaling, usage
-from core import connections, logs, settings, supervisor, timers, tracing
+from core import allocator, connections, logs, settings, supervisor, timers, tracing
 from core.auth import Keys, NoKeys
 from core.draining import Draining
 from core.model_settings import Models, Queue
@@ -128,6 +128,7 @@ class _Entry(typed.TypedApis, animate.AnimationApis, upscaling.UpscaleApi, multi
     @bentoml.on_startup
     async def begin(self) -> None:
         draining.install()
+        allocator.keep_small()
         await backend.connect(self, set(_urls), settings.secrets().runner_key.get_secret_value())
 
 
