@@ -68,7 +68,7 @@ async def ask(session: aiohttp.ClientSession, url: str, key: str, seed: int, ste
         return 0, None
 
 
-async def capacity(session: aiohttp.ClientSession, url: str, seconds: float, steps: int, clients: int = 16) -> float:
+async def capacity(session: aiohttp.ClientSession, url: str, seconds: float, steps: int, clients: int) -> float:
     """Pictures a second, of clients that ask again as soon as they have one, until the last is answered."""
     began, ends = time.perf_counter(), []
 
@@ -166,17 +166,17 @@ def judged(times: float, seconds: float, able: float, samples: list[Sample], hel
     return line, [f"at {times:g} times capacity: {fault}" for fault in faults]
 
 
-async def run(server: Server, seconds: float, measure_s: float, steps: int, levels: Iterable[float] = LEVELS) -> list[str]:
-    """Every level; prints the table, returns what is wrong."""
+async def run(server: Server, seconds: float, measure_s: float, steps: int, levels: Iterable[float] = LEVELS, clients: int = 16) -> list[str]:
+    """Every level; prints the table, returns what is wrong. `clients` measure what the server can do."""
     print("| load | asked/s | capacity/s | pictures/s | answers | Retry-After, s | latency p50, p99, s | MiB |\n| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     faults = []
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(DEADLINE_S + 60)) as session:
-        await capacity(session, server.url, measure_s / 2, steps)  # warm-up
-        before = await capacity(session, server.url, measure_s, steps)
+        await capacity(session, server.url, measure_s / 2, steps, clients)  # warm-up
+        before = await capacity(session, server.url, measure_s, steps, clients)
         for times in levels:
             samples, held = await level(session, server, times * before, seconds, steps)
-            after = await capacity(session, server.url, measure_s, steps)
+            after = await capacity(session, server.url, measure_s, steps, clients)
             line, wrong = judged(times, seconds, (before + after) / 2, samples, held)
             print(line, flush=True)
             faults += wrong
