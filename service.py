@@ -60,7 +60,7 @@ except (NoKeys, LaterVersion, FileNotFoundError, ValueError, SettingsError, YAML
 logs.configure(configured.server)
 http = app.build(configured)
 supervisor.keep_private()
-timers.take_out()
+timers.let_go()
 connections.bound(configured.server)
 BentoMLContainer.prometheus_multiproc_dir.set(SingletonFactory(metrics_folder))
 draining = Draining(configured.server.grace_s, linger_s=1.0)

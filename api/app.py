@@ -76,7 +76,7 @@ def build(settings: Settings) -> FastAPI:
     for contract in contracts:
         app.include_router(contract.router)
     app.state.routes = [route for contract in contracts for route in contract.router.routes]
-    app.openapi = document.complete(app)  # type: ignore[method-assign]
+    document.complete(app)
     return app
 
 

@@ -8,7 +8,7 @@ definitions that they refer to in `$defs`, which `complete` moves to the documen
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -16,6 +16,9 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from api import answering, errors
 from core.jobs import JobSnapshot
@@ -114,8 +117,10 @@ def operation_id(route: APIRoute) -> str:
     return f"{route.tags[0]}_{route.name}" if route.tags else route.name
 
 
-def complete(app: FastAPI) -> Callable[[], Json]:
-    """The application's `openapi`: the document, made once when first asked for."""
+def complete(app: FastAPI) -> None:
+    """Give the application its whole document, made once when it is first asked for: a megabyte of small parts, which is not to be put together
+    for each client."""
+    sent = b""
 
     def openapi() -> Json:
         if app.openapi_schema is None:
@@ -123,7 +128,13 @@ def complete(app: FastAPI) -> Callable[[], Json]:
             app.openapi_schema = _completed(made)
         return app.openapi_schema
 
-    return openapi
+    async def answer(_: Request) -> Response:
+        nonlocal sent
+        sent = sent or json.dumps(openapi(), ensure_ascii=False, separators=(",", ":")).encode()
+        return Response(sent, media_type="application/json")
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    app.router.routes = [Route(r.path, answer) if isinstance(r, Route) and r.path == app.openapi_url else r for r in app.router.routes]
 
 
 def _completed(made: Json) -> Json:

@@ -49,5 +49,30 @@ def kept(middleware: type) -> bool:
 
 def test_an_answered_request_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic, "TimeoutMiddleware", traffic.TimeoutMiddleware)
-    timers.take_out()
+    timers.let_go()
     assert not kept(traffic.TimeoutMiddleware)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_deadline_that_did_not_come_keeps_no_request(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traffic, "TimeoutMiddleware", traffic.TimeoutMiddleware)
+    monkeypatch.setattr(asyncio.base_events, "_MIN_SCHEDULED_TIMER_HANDLES", asyncio.base_events._MIN_SCHEDULED_TIMER_HANDLES)
+    if ours:
+        timers.let_go()
+    current: contextvars.ContextVar[Request] = contextvars.ContextVar("current")
+
+    async def serve() -> weakref.ref[Request]:
+        request = Request()
+        current.set(request)
+        async with asyncio.timeout(600):
+            await asyncio.sleep(0)
+        return weakref.ref(request)
+
+    async def run() -> int:
+        asyncio.get_running_loop().call_later(60, print)  # those that were cancelled before the next one's time go at once
+        requests = [await asyncio.create_task(serve()) for _ in range(40)]
+        await asyncio.sleep(0.01)
+        gc.collect()
+        return sum(request() is not None for request in requests)
+
+    assert asyncio.run(run()) <= timers.SWEPT_FROM if ours else asyncio.run(run()) == 40
