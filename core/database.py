@@ -12,13 +12,26 @@ import itertools
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Column, Integer, MetaData, Table, create_engine, event, insert, inspect, select, text, update
+from sqlalchemy import (
+    Column,
+    Integer,
+    MetaData,
+    Table,
+    create_engine,
+    event,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
@@ -26,6 +39,7 @@ from core.settings import beside_configuration
 from core.versions import LaterVersion
 
 log = logging.getLogger("easel.database")
+_MAKING = 0x6561_7365  # any number that others do not lock
 # A server that does not answer is given up: seconds to connect, milliseconds for what was sent.
 _PATIENCE = {"connect_timeout": 5, "tcp_user_timeout": 15_000}
 
@@ -129,7 +143,8 @@ class Schema:
             if file := file_of(engine.url):
                 file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._make(engine)
+                with _alone(engine):
+                    self._make(engine)
             except DatabaseError as error:
                 if file and is_corrupt(error.orig):
                     engine.dispose()
@@ -166,3 +181,14 @@ class Schema:
             connection.execute(update(self._version).values(version=self.version()))
             for statement in self.kept.get(engine.dialect.name, ()):
                 connection.execute(text(statement))
+
+
+@contextlib.contextmanager
+def _alone(engine: Engine) -> Iterator[None]:
+    """One process at a time, on PostgreSQL, where a table that two are making at once is an error for one of them; SQLite has one writer anyway."""
+    if engine.dialect.name != "postgresql":
+        yield
+        return
+    with engine.connect() as connection:
+        connection.execute(select(func.pg_advisory_xact_lock(_MAKING)))  # until this transaction ends
+        yield

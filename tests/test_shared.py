@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from core.job_store import Store
@@ -102,6 +102,15 @@ def test_what_is_written_at_one_is_reported_at_the_other_and_cannot_be_changed(p
             connection.rollback()
     for ledger in ledgers:
         ledger.close()
+
+
+def test_a_store_is_begun_by_many_at_once(postgres: str) -> None:
+    for number in range(5):
+        with create_engine(postgres, isolation_level="AUTOCOMMIT").connect() as connection:
+            connection.execute(text(f"CREATE DATABASE begun_{number}"))
+        begun = make_url(postgres).set(database=f"begun_{number}")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda store: SCHEMA.open(store).dispose(), [begun] * 8))
 
 
 def test_a_usage_log_that_is_away_fails_no_request(caplog: pytest.LogCaptureFixture) -> None:
