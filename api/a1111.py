@@ -144,11 +144,24 @@ async def interrupt(request: Request) -> dict[str, Any]:
 
 @router.post("/extra-single-image", response_model=Enlarged, responses=document.works(499), openapi_extra=document.takes_json(Extras))
 async def extra_single_image(request: Request) -> Response:
-    """Make a picture larger by an upscaler of GET /upscalers."""
+    """Make a picture larger by an upscaler of GET /upscalers; without one, by Lanczos."""
     asked = await _asked(Extras, request)
-    uploads = {"image": [await asyncio.to_thread(unpacked, asked.image, "image")]}
-    wanted = Translated[Extras, UpscaleRequest](asked=asked.model_copy(update={"image": ""}), wanted=asked.translated())
-    return await _done(_EXTRA, wanted, uploads, request)
+    image = await asyncio.to_thread(unpacked, asked.image, "image")
+    wanted = asked.translated()
+    if asked.upscaler_1 in a1111.NO_UPSCALER:
+        return Response((await asyncio.to_thread(_resized, wanted, image)).model_dump_json(), media_type="application/json")
+    translated = Translated[Extras, UpscaleRequest](asked=asked.model_copy(update={"image": ""}), wanted=wanted)
+    return await _done(_EXTRA, translated, {"image": [image]}, request)
+
+
+def _resized(wanted: UpscaleRequest, image: bytes) -> Enlarged:
+    limits = settings.load().limits
+    given, scale = images.decode(image, limits), wanted.scale or 1
+    width, height = wanted.width or round(given.width * scale), wanted.height or round(given.height * scale)
+    if width * height > limits.upscaled_pixels:
+        raise invalid_field("upscaling_resize", f"makes {width}x{height} pixels", f"at most {limits.upscaled_pixels} pixels", None)
+    file = images.encode(images.resized(given, width, height), "png")
+    return Enlarged(image=base64.b64encode(file).decode(), html_info="")
 
 
 @router.post("/png-info", openapi_extra=document.takes_json(ImageToRead))

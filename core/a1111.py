@@ -226,6 +226,9 @@ def _input(asked: ImageToImage, image: Pixels | None, errors: list[FieldError]) 
     return values | ({"inpaint_full_res": True, "inpaint_full_res_padding": asked.inpaint_full_res_padding} if asked.inpaint_full_res else {})
 
 
+NO_UPSCALER = ("", "None", "Lanczos")
+
+
 class Extras(BaseModel):
     """POST /sdapi/v1/extra-single-image: by the factor `upscaling_resize`, or with resize_mode 1 to a size of the picture's shape."""
 

@@ -213,6 +213,11 @@ def square(pixels: Pixels, side: int) -> Pixels:
     return _pixels(ImageOps.fit(to_pil(pixels), (side, side), Image.Resampling.LANCZOS))
 
 
+def resized(pixels: Pixels, width: int, height: int) -> Pixels:
+    """By Lanczos; of another shape, what stands over on the longer side is cut off."""
+    return _pixels(ImageOps.fit(to_pil(pixels), (width, height), Image.Resampling.LANCZOS))
+
+
 def to_pil(pixels: Pixels) -> Image.Image:
     return Image.frombytes("RGB", (pixels.width, pixels.height), pixels.data)
 

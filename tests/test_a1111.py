@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import requests
 import webuiapi
-from PIL import Image
+from PIL import Image, ImageChops
 
 from core import a1111, settings
 from core.a1111 import ImageToImage, TextToImage
@@ -25,6 +25,7 @@ from tests.test_images import saved
 http = pytest.mark.http
 STARTER = "starter/stable-diffusion"
 SMALL = {"width": 64, "height": 64, "steps": 4, "seed": 7}
+BIG = base64.b64encode(saved(Image.new("RGB", (3000, 1000)), "PNG")).decode()
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,11 @@ def test_png_info_extras_and_interrogate(server: Server, client: webuiapi.WebUIA
     assert (found.parameters["Prompt"], found.parameters["Negative prompt"], found.parameters["Seed"]) == ("red apple", "blue", "7")
     larger = client.extra_single_image(drawn.image, upscaler_1="starter/upscaler", upscaling_resize=2)
     assert (larger.image.size, "Postprocess upscaler: starter/upscaler" in larger.info) == ((128, 128), True)
+    plain = client.extra_single_image(drawn.image, upscaling_resize=3).image
+    assert plain.size == (192, 192)
+    assert max(high for _, high in ImageChops.difference(plain.resize((64, 64)), drawn.image).getextrema()) < 64  # the same picture
+    shaped = client.extra_single_image(drawn.image, upscaler_1="Lanczos", resize_mode=1, upscaling_resize_w=90, upscaling_resize_h=60).image
+    assert shaped.size == (90, 60)
     assert isinstance(client.interrogate(drawn.image).info, str)
 
 
@@ -204,6 +210,7 @@ def test_png_info_extras_and_interrogate(server: Server, client: webuiapi.WebUIA
         ("img2img", {"prompt": "x", "init_images": ["http://127.0.0.1/x.png"]}, ["init_images"]),
         ("img2img", {"prompt": "x", "init_images": ["%%%"]}, ["init_images"]),
         ("extra-single-image", {"image": ""}, ["image"]),
+        ("extra-single-image", {"image": BIG, "upscaling_resize": 9}, ["upscaling_resize"]),
         ("extra-single-image", {"image": "", "gfpgan_visibility": 1}, ["gfpgan_visibility"]),
         ("interrogate", {"image": "", "model": "deepdanbooru"}, ["model"]),
     ],
