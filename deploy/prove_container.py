@@ -35,6 +35,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE, BASE = "localhost/easel:cpu", "docker.io/library/python:3.11-slim"
 SKIPPED = 77
+ROOM = 12 * 2**30  # bytes in /var/tmp
 DEBIAN, PYPI, PYTORCH = "http://deb.debian.org/debian", "https://pypi.org/simple", "https://download.pytorch.org/whl/cpu"
 KEY, ADMIN = "proof-user-key", "proof-admin-key"
 CALL = "/post_config?prompt=red+apple&seed=1&num_inference_steps=25"
@@ -103,6 +104,11 @@ def _missing(wheels: Path | None) -> str | None:
     for tool in ("buildah", "debootstrap", "unshare", "setpriv"):
         if not shutil.which(tool):
             return f"no {tool} here (Debian: apt-get install buildah debootstrap util-linux)"
+    apart = ["unshare", "--mount", "--pid", "--fork", "sh", "-c", "mount -t tmpfs none /mnt && mount -t proc proc /proc"]
+    if subprocess.run(apart, capture_output=True).returncode:
+        return "root may not mount here, not even in a namespace of its own"
+    if (free := shutil.disk_usage("/var/tmp").free) < ROOM:
+        return f"/var/tmp has {free / 2**30:.0f} GiB free, and the images take up to {ROOM / 2**30:.0f}"
     for place in (f"{DEBIAN}/dists/bookworm/Release", f"{PYPI}/bentoml/", *([] if wheels else [f"{PYTORCH}/torch/"])):
         try:
             urllib.request.urlopen(place, timeout=20).close()
