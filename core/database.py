@@ -58,7 +58,7 @@ def engine_of(store: str | URL) -> Engine:
     """A pool of connections; none is made yet."""
     url = make_url(store)
     if file := file_of(url):
-        engine = create_engine(in_file(file), connect_args={"timeout": 30})
+        engine = create_engine(in_file(file), pool_size=2, connect_args={"timeout": 30})  # further ones are closed after use: a file has one writer
         event.listen(engine, "connect", _pragmas)
         return engine
     return create_engine(url, pool_pre_ping=True, connect_args=_PATIENCE)
