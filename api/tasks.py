@@ -197,7 +197,8 @@ def _variation_plan(wanted: JointRequest, uploads: Uploads, client: str) -> Plan
 def _squares(wanted: Sampling | EmbedRequest, uploads: Uploads) -> list[Pixels]:
     """Safe pictures of the model's size, one after another, so that a large one is not held any longer."""
     size = catalogue("UniDiffuser").find(wanted.model_id).size
-    return [images.square(images.decode(data, settings.load().limits), size) for data in uploads.get("image", [])]
+    # The middle square is what UniDiffuser looks at, as its authors crop it.
+    return [images.resized(images.decode(data, settings.load().limits), size, size) for data in uploads.get("image", [])]
 
 
 def _one(uploads: Uploads) -> bytes:

@@ -48,8 +48,9 @@ def main() -> None:
                 break
             for batch in BATCHES:
                 for way, loop in loops.items():
-                    pair = [(loop if one == way else loops[PLAIN]).ask(batch)["took"] for one in ((way, PLAIN) if number % 2 else (PLAIN, way))]
-                    ratios[way, batch].append(pair[0] / pair[1] if not number % 2 else pair[1] / pair[0])
+                    order = (loop, loops[PLAIN]) if number % 2 else (loops[PLAIN], loop)
+                    first, second = (one.ask(batch)["took"] for one in order)
+                    ratios[way, batch].append(second / first if number % 2 else first / second)
             print(f"round {number + 1}/{options.rounds}", file=sys.stderr)
     lines = [
         SECTION, "", turns.where("bench/processor.py", load), "",

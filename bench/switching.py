@@ -103,20 +103,12 @@ def switching(which: str, budget: int | None, pictures: int) -> str:
     with served(budget) as server:
         for model in (STARTER, OTHER, STARTER):
             server.start_with("/post_config", asked(model, 1))
-        same = [picture(server, STARTER, seed) for seed in range(pictures)]
-        other = [picture(server, (OTHER, STARTER)[seed % 2], seed) for seed in range(pictures)]
+        same, other = (
+            [1000 * s for s in server.load(1, pictures, "/post_config", lambda i, models=models: {"params": asked(models[i % 2], i)}, b"\x89PNG").latencies]
+            for models in ((STARTER, STARTER), (OTHER, STARTER))
+        )
     more = statistics.median(other) - statistics.median(same)
     return f"- Two models in turns, memory for {which}: {spread(other, 0)} ms a picture, {spread(same, 0)} ms of the same model again: a switch takes {more:.0f} ms."
-
-
-def picture(server: Server, model: str, seed: int) -> float:
-    """Milliseconds of a picture over HTTP."""
-    with server.session() as session:
-        began = time.perf_counter()
-        answer = session.post(server.url + "/post_config", params=asked(model, seed), timeout=turns.REPLY_S)
-        if answer.status_code != 200:
-            raise RuntimeError(f"no picture: {answer.status_code} {answer.text[:500]}")
-        return 1000 * (time.perf_counter() - began)
 
 
 def asked(model: str, seed: int) -> dict[str, Any]:

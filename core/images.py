@@ -208,11 +208,6 @@ def _pixels(image: Image.Image) -> Pixels:
     return Pixels(width=image.width, height=image.height, data=image.tobytes())
 
 
-def square(pixels: Pixels, side: int) -> Pixels:
-    """The middle square, resized to `side`: what UniDiffuser looks at, as its authors crop it."""
-    return _pixels(ImageOps.fit(to_pil(pixels), (side, side), Image.Resampling.LANCZOS))
-
-
 def resized(pixels: Pixels, width: int, height: int) -> Pixels:
     """By Lanczos; of another shape, what stands over on the longer side is cut off."""
     return _pixels(ImageOps.fit(to_pil(pixels), (width, height), Image.Resampling.LANCZOS))

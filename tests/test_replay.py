@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from api.a1111 import PngInfo
 from core import images, infotext, metadata, replay, settings
 from core.catalogue import Catalogue
-from core.generation import Generation, Ran, Timing
+from core.generation import Generation, Ran
 from core.images import Description
 from core.metadata import Record
 from core.plans import Pixels
@@ -29,6 +29,7 @@ from core.requests import GenerationRequest
 from core.settings import ROOT, Limits, Settings
 from tests.conftest import Server, serving
 from tests.test_images import saved
+from tests.test_usage import drawn
 
 http = pytest.mark.http
 A1111 = """a (red:1.2) apple, <lora:pixel_art_style:0.6>, sharp
@@ -104,11 +105,7 @@ def test_other_programs_user_comments_are_read(comment: bytes) -> None:
 # From A1111's text to a request.
 
 ANY = Catalogue(Settings())
-RAN = Ran(
-    model_id="starter/stable-diffusion", family="starter", scheduler="Euler", schedule=None, torch_dtype="float32", device="cpu", num_inference_steps=4, steps_run=4,
-    guidance_scale=5, width=64, height=64, clip_skip=0, strength=None, prompt="a cat", negative_prompt="", prompt_tokens=2, prompt_tokens_cut=0,
-    licence="L", commercial_use=True, notes=[], libraries={"easel": "0.1.0"}, timing=Timing(), model_sha256="f" * 64,
-)  # fmt: skip
+RAN = drawn(steps=4).ran.model_copy(update={"model_id": "starter/stable-diffusion", "width": 64, "height": 64, "prompt": "a cat", "libraries": {"easel": "0.1.0"}})
 
 
 def test_a1111s_settings_get_the_names_they_have_here(catalogue: Catalogue) -> None:

@@ -28,13 +28,14 @@ from api import answering, gate
 from core import auth, images
 from core.auth import Keys
 from core.draining import Draining
-from core.generation import AppliedEmbedding, AppliedLora, Ran, Timing
+from core.generation import AppliedEmbedding, AppliedLora
 from core.loras import Lora, Registry
 from core.problems import Problem
 from core.quotas import Quotas
 from core.settings import ROOT, Limits, Secrets, Settings
 from tests.conftest import Server
 from tests.test_document import DOCUMENT
+from tests.test_usage import drawn
 
 SECRETS = Secrets(api_key="user-key,second-key", admin_api_key="admin-key")
 BASIC = {"Authorization": "Basic " + base64.b64encode(b"me:user-key").decode()}
@@ -124,13 +125,13 @@ def test_no_other_site_is_told_that_it_may_read() -> None:
 
 @given(st.text(max_size=20) | st.text("\r\n:Xé ", max_size=20))
 def test_nothing_that_is_named_ends_a_header(named: str) -> None:
-    ran = Ran(
-        model_id=named, family="starter", scheduler=named, schedule=named, torch_dtype="float32", device=named, num_inference_steps=1, steps_run=1, guidance_scale=1, width=8, height=8,
-        clip_skip=0, strength=None, prompt=named, negative_prompt=named, prompt_tokens=1, prompt_tokens_cut=0, licence=named, commercial_use=True, credit=[named], notes=[named], libraries={},
-        timing=Timing(), model_sha256="f", worker=named, degraded=named, experiment=named, variant=named,
-        loras=[AppliedLora(name=named, weight=1, sha256="f", layers=1, unmatched=0, commercial_use=True, credit=named)],
-        embeddings=[AppliedEmbedding(name=named, sha256="f", vectors=1, commercial_use=True, credit=named)],
-    )  # fmt: skip
+    names = dict.fromkeys(("model_id", "scheduler", "schedule", "device", "prompt", "negative_prompt", "licence", "worker", "degraded", "experiment", "variant"), named)
+    lists = {
+        "credit": [named], "notes": [named],
+        "loras": [AppliedLora(name=named, weight=1, sha256="f", layers=1, unmatched=0, commercial_use=True, credit=named)],
+        "embeddings": [AppliedEmbedding(name=named, sha256="f", vectors=1, commercial_use=True, credit=named)],
+    }  # fmt: skip
+    ran = drawn().ran.model_copy(update={**names, **lists})
     assert all(re.fullmatch("[ -~]*", value) for value in answering.describe(ran, [1]).values())
 
 
