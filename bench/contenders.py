@@ -250,10 +250,10 @@ def started(models: Path, only: set[str] | None = None) -> Iterator[Started]:
 
 
 def configured(models: Path, miniature: str) -> dict[str, str]:
-    """Easel's environment: the starter, the miniature and the LoRAs; a queue that takes a burst; no logs of usage between runs."""
+    """Easel's environment: the starter as it is shipped, the miniature and the LoRAs; a queue that takes a burst; no logs of usage between runs."""
     settings = yaml.safe_load((ROOT / "configuration.yaml").read_text())
     settings["models"]["catalogue"] = [
-        {"id": STARTER, "family": "starter", "licence": "Apache-2.0", "commercial_use": True},
+        next(entry for entry in settings["models"]["catalogue"] if entry["id"] == STARTER),
         {"id": MINIATURE, "family": "sd15", "source": miniature, "size": SIZES[MINIATURE]},
     ]
     settings["queue"] |= {"limit": 512, "per_key": 512}

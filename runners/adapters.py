@@ -1,8 +1,8 @@
 """The LoRAs in one model's memory: loaded once, told row by row where they act, dropped when others need room.
 
 peft puts their matrices beside the model's layers, and lets none act: each layer runs its base layer alone, and a hook adds to
-the rows that a LoRA acts on. So requests with different LoRAs go through the model together, and one without any gets
-the very bytes that it got before any was loaded.
+the rows that a LoRA acts on. So requests with different LoRAs go through the model together. While none acts peft's layers are
+out of the model, which costs what it did before any LoRA was loaded, and draws the very same bytes.
 
 Only the device's thread changes anything here.
 """
@@ -69,6 +69,8 @@ class Adapters:
         self._added: list[tuple[str, float, slice | Tensor | None]] = []  # now: a LoRA, its weight, and the rows, if not all
         self._rows: int | None = None  # in all, where they differ
         self._hooked: WeakSet[BaseTunerLayer] = WeakSet()
+        self._places: list[tuple[nn.Module, str, BaseTunerLayer]] = []  # peft's layers: the module that each belongs to, and its name there
+        self._placed = True  # they are in the model
         self._numbers = itertools.count()
 
     @property
@@ -122,10 +124,19 @@ class Adapters:
             for part in acting:
                 places.setdefault(part, []).append(row)
         self._rows = len(rows)
-        self._added = [(id, weight, _place(of, len(rows), self.pipe.device)) for (id, weight), of in places.items()]
+        self._added = [(id, weight, _neighbours(of, len(rows), self.pipe.device)) for (id, weight), of in places.items()]
+        self._place(bool(places))
 
     def _act(self, acting: Acting) -> None:
         self.acting, self._rows, self._added = acting, None, [(id, weight, None) for id, weight in acting]
+        self._place(bool(acting))
+
+    def _place(self, placed: bool) -> None:
+        """Have peft's layers in the model, or their base layers in their place."""
+        if placed != self._placed:
+            for module, name, layer in self._places:
+                setattr(module, name, layer if placed else layer.get_base_layer())
+            self._placed = placed
 
     def _add(self, layer: BaseTunerLayer, given: tuple[Tensor, ...], made: Tensor) -> Tensor:
         """A layer's hook: what its base layer made, and what the LoRAs add to it (Hu et al. 2021, equation 3)."""
@@ -180,6 +191,7 @@ class Adapters:
             detail = f"The LoRA {lora.name} reaches no layer of {self.model_id} (its keys are like {some[:120]!r}), so it would change nothing. Leave it out, or use the model that it was made for."
             raise problem(422, "lora-no-effect", "LoRA without effect", detail)
         id = f"lora{next(self._numbers)}"
+        self._place(True)
         try:
             for name, matrices in found.items():
                 _inject(id, lora_files.components(self.pipe)[name], matrices)
@@ -189,12 +201,13 @@ class Adapters:
         except Exception as error:
             self._discard(id)
             raise self._unfit(lora, error) from error
-        layers = [layer for layer in self._layers() if _parameters(layer, id)]
+        layers = [layer for _, _, layer in self._found() if _parameters(layer, id)]
         for layer in layers:
             layer.set_adapter([], inference_mode=True)  # loading has made it the active one
             if layer not in self._hooked:
                 layer.register_forward_hook(self._add)
                 self._hooked.add(layer)
+        self._places = list(self._found())
         size = sum(p.numel() * p.element_size() for layer in layers for p in _parameters(layer, id))
         return Adapter(id, lora.name, sha256, layers, unmatched, size, any(name in lora_files.ENCODERS for name in found))
 
@@ -209,13 +222,16 @@ class Adapters:
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise unavailable(f"The LoRA {lora.name} cannot be read from {lora.path}: {_line(error)}. Add it again.", slug="lora-broken") from error
 
-    def _layers(self) -> Iterator[BaseTunerLayer]:
+    def _found(self) -> Iterator[tuple[nn.Module, str, BaseTunerLayer]]:
+        """Peft's layers as they are in the model."""
         for component in lora_files.components(self.pipe).values():
-            yield from (m for m in component.modules() if isinstance(m, BaseTunerLayer))
+            for module in component.modules():
+                yield from ((module, name, child) for name, child in module.named_children() if isinstance(child, BaseTunerLayer))
 
     def _discard(self, id: str) -> None:
         """Take a LoRA out of the model, loaded whole or in part; with the last one peft's layers go too."""
-        for layer in list(self._layers()):
+        self._place(True)
+        for _, _, layer in self._found():
             if _parameters(layer, id):
                 layer.set_adapter([i for i in layer.active_adapters if i != id], inference_mode=True)
                 layer.delete_adapter(id)
@@ -223,6 +239,7 @@ class Adapters:
             getattr(component, "peft_config", {}).pop(id, None)
         if not self._loaded:
             self.pipe.unload_lora_weights()
+        self._places = list(self._found())
 
     def _unfit(self, lora: PlannedLora, error: Exception) -> Problem:
         return problem(422, "lora-unfit", "LoRA does not fit", f"The LoRA {lora.name} cannot be applied to {self.model_id}: {_line(error)}")
@@ -252,7 +269,7 @@ def _inject(id: str, component: nn.Module, matrices: Matrices) -> None:
         raise ValueError("some of its layers have no bias, others have one")
 
 
-def _place(rows: list[int], total: int, device: torch.device) -> slice | Tensor | None:
+def _neighbours(rows: list[int], total: int, device: torch.device) -> slice | Tensor | None:
     """Rows as what takes them out of a tensor, without a copy where they are neighbours; None for all."""
     if len(rows) == total:
         return None

@@ -24,6 +24,7 @@ from bentoml._internal.resource import system_resources
 log = logging.getLogger("easel.device")
 TOKENS = 16  # busy runners that are told apart; one for which there is no token has a single thread
 FOLDER = Path(tempfile.gettempdir()) / f"easel-cores-{os.getuid()}"
+LOOK_S = 0.1  # looking takes some fifty system calls
 LINGER_S = 0.1  # a runner counts as busy so long after its work: short calls in a row are work without a pause
 
 
@@ -47,7 +48,7 @@ class Cores:
     def __init__(self, fixed: int | None = None, cores: int | None = None, folder: Path | None = None) -> None:
         self._fixed, self._cores = fixed, cores or available()
         self._held = False
-        self._mine = 0
+        self._mine, self._looked = 0, 0.0
         try:
             self._tokens = _open(folder or FOLDER)
         except OSError as error:
@@ -64,9 +65,12 @@ class Cores:
             self._release()
 
     def divide(self) -> int:
-        """Take as many threads as are this runner's part now; to be called between steps."""
+        """Take as many threads as are this runner's part now; to be called between steps. It looks every `LOOK_S` at most."""
         if not self._held:
             self._take()
+        elif time.monotonic() - self._looked < LOOK_S:
+            return torch.get_num_threads()
+        self._looked = time.monotonic()
         threads = self._fixed or self._part()
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)

@@ -175,7 +175,7 @@ def told(
         schedule=named.schedule,
         own_scheduler=plan.scheduler is None,
         torch_dtype=str(resident.dtype).removeprefix("torch."),
-        device=str(resident.base._execution_device),
+        device=resident.device,
         num_inference_steps=plan.num_inference_steps,
         steps_run=steps_run,
         guidance_scale=plan.guidance_scale,

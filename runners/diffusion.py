@@ -7,6 +7,7 @@ listener. The entry process imports this module too, so torch is imported in `st
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -58,6 +59,7 @@ class DiffusionRunner:
     async def begin(self) -> None:
         """Heed signals, and begin warming up; readiness waits for it."""
         self.draining.install()
+        gc.freeze()  # what was imported stays: looking through it took most of the time of unloading a model
         metrics.begin()
         self._watching = asyncio.create_task(watchdog.watch(self.device.queue, self.catalogue.queue.hang_timeout_s))
         self._warming = [asyncio.create_task(self._warm(model_id)) for model_id in sorted(self._cold)]

@@ -192,7 +192,7 @@ def _generation(resident: Resident, plan: Plan, rows: list[Row], sampling: _Samp
         scheduler=sampling.scheduler,
         schedule=sampling.schedule,
         torch_dtype=str(resident.dtype).removeprefix("torch."),
-        device=str(pipe.device),
+        device=resident.device,
         num_inference_steps=plan.num_inference_steps if sampling.calls else 0,
         steps_run=sampling.steps.run // max(1, sampling.calls),
         guidance_scale=1 if plan.task in _UNGUIDED else plan.guidance_scale,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Hashable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,12 @@ class Resident:
             pipe = self._made[kind]
         if getattr(self.base, "_all_hooks", None):
             return pipe
-        return remember_encodings(stepping.share_passes(pipe if nets else copy.copy(pipe)), self.remembered)
+        return stepping.share_passes(remember_encodings(pipe if nets else copy.copy(pipe), self.remembered))
+
+    @cached_property
+    def device(self) -> str:
+        """Where it computes. Asked once: diffusers looks through all of its modules to tell."""
+        return str(getattr(self.base, "_execution_device", self.base.device))
 
     def remember(self, key: Hashable, make: Callable[[], Tensors]) -> Tensors:
         """What the text encoders have made before of what `key` names, under the LoRAs that act on them now."""

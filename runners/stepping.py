@@ -3,7 +3,8 @@
 A run is one call of a pipeline in a greenlet of its own: with its own scheduler, generators and settings, as if
 it were alone. Where it calls its denoiser it pauses. Once every run has paused, what they gave to it is put together
 where the shapes agree, the denoiser runs once with a timestep for each row, and every run goes on with its own rows.
-So a run may begin and end at any step, and whatever a scheduler does between two passes stays its own matter.
+So a run may begin and end at any step, and whatever a scheduler does between two passes stays its own matter. Runs that have
+taken their last step at once are decoded together, too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -22,18 +23,20 @@ from torch.utils import _pytree as pytree
 from core import metrics
 from runners.memory import out_of_memory, release_memory
 from runners.pace import Pace
+from runners.remembered import Encoder
 
 log = logging.getLogger("easel.stepping")
 T = TypeVar("T")
-Pass = tuple[Tensor, ...]  # what a denoiser returns for `return_dict=False`
+Network = Callable[..., Any]  # a denoiser, or a VAE's decoding
+Pass = tuple[Tensor, ...]  # what it returns for `return_dict=False`
 _POSITIONS = ("txt_ids", "img_ids")  # of Flux: the tokens' places, which all rows have in common
 
 
 class Shared:
-    """Stands in a run's pipeline for its denoiser; outside of a run it is the denoiser."""
+    """Stands in a run's pipeline for its denoiser, or with `step=False` for what else runs share; outside of a run it is what it stands for."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
+    def __init__(self, network: Network, step: bool = True) -> None:
+        self._network, self._step = network, step
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
@@ -43,32 +46,51 @@ class Shared:
         if not isinstance(run, Run):
             return self._network(*args, **named)
         assert run.parent is not None
-        return run.parent.switch(Call.of(self._network, args, named, run.name))
+        return run.parent.switch(Call.of(self._network, args, named, run.name, self._step))
+
+
+class Decoder:
+    """Stands in a run's pipeline for its VAE, whose decoding it shares."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae, self._decode = vae, Shared(vae.decode, step=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
+        """(N, C, h, w). The generator is of no use to it."""
+        return self._decode(z, return_dict=False) if not return_dict else self._vae.decode(z)
 
 
 def share_passes(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """Let a pipeline that nobody else has share its denoiser's passes."""
+    """Let a pipeline that nobody else has share its denoiser's passes, and its VAE's decoding."""
     for name in ("unet", "transformer"):
         if isinstance(network := vars(pipe).get(name), nn.Module):
             vars(pipe)[name] = Shared(network)
+    vae = vars(pipe).get("vae")
+    # One that is to overflow in float16 is float32 from just before its decoding to just after it, for all who have it.
+    if type(vae) in (AutoencoderKL, Encoder) and not (vae.dtype == torch.float16 and vae.config.force_upcast):
+        vars(pipe)["vae"] = Decoder(vae)
     return pipe
 
 
 @dataclass(frozen=True)
 class Call:
     """What a run gives to its denoiser: tensors whose first dimension is `rows`, and what all rows have in common.
-    Calls with an equal `kind` can be put together. `whose` is the run's name."""
+    Calls with an equal `kind` can be put together. `whose` is the run's name; `step`: it is the denoiser."""
 
-    network: nn.Module
+    network: Network
     tensors: list[Tensor]
     others: dict[str, Any]
     rebuild: Callable[[list[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
     rows: int
     kind: tuple[Any, ...]
     whose: Any
+    step: bool
 
     @classmethod
-    def of(cls, network: nn.Module, args: tuple[Any, ...], named: dict[str, Any], whose: Any = None) -> Call:
+    def of(cls, network: Network, args: tuple[Any, ...], named: dict[str, Any], whose: Any = None, step: bool = True) -> Call:
         common = {name: named[name] for name in _POSITIONS if named.get(name) is not None}
         # Some pipelines name what they leave out, and others do not.
         leaves, spec = pytree.tree_flatten((args, {k: named[k] for k in sorted(named) if k not in common and named[k] is not None}))
@@ -85,8 +107,8 @@ class Call:
             return made
 
         kinds = [(leaf.shape[1:], leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
-        kind = (id(network), repr(spec), *kinds, *(tuple(t.shape) for t in common.values()))
-        return cls(network, [leaves[place] for place in places], common, rebuild, rows, kind, whose)
+        kind = (network, repr(spec), *kinds, *(tuple(t.shape) for t in common.values()))
+        return cls(network, [leaves[place] for place in places], common, rebuild, rows, kind, whose, step)
 
 
 def together(calls: list[Call], most: int | None = None, before: Callable[[list[Any]], object] = lambda _: None) -> list[Pass]:
@@ -159,9 +181,14 @@ class Runs(Generic[T]):
             self.running.append(run)
 
     def step(self) -> Iterator[Run[T]]:
-        """One pass for each run; yields those that end."""
+        """One pass for each run, and the decoding of those that come to it; yields those that end."""
+        yield from self._pass(self.running)
+        while decoding := [run for run in self.running if run.call and not run.call.step]:
+            yield from self._pass(decoding)
+
+    def _pass(self, runs: list[Run[T]]) -> Iterator[Run[T]]:
         kinds: dict[tuple[Any, ...], list[Run[T]]] = {}
-        for run in self.running:
+        for run in runs:
             assert run.call is not None
             kinds.setdefault(run.call.kind, []).append(run)
         for alike in kinds.values():
@@ -179,6 +206,8 @@ class Runs(Generic[T]):
         """Of each call. Where memory runs out, again with half the rows at once; where it fails otherwise, each on its own."""
         while True:
             try:
+                if not calls[0].step:
+                    return [*together(calls, self.most)]
                 with self.pace.timed(pictures, self.device):
                     answers = together(calls, self.most, self.before)
                 metrics.BATCH_ROWS.labels(metrics.here()).observe(pictures)

@@ -62,7 +62,7 @@ def run(resident: Resident, plan: Plan, check: denoise.Check, timing: Timing, th
         scheduler=sampler,
         schedule=None,
         torch_dtype=_dtype(resident),
-        device=str(resident.base.device),
+        device=resident.device,
         num_inference_steps=steps,
         steps_run=steps * upscale.tiles,
         guidance_scale=plan.guidance_scale,

@@ -22,7 +22,8 @@ from core.settings import Settings
 from runners import denoise
 from runners.device import Device
 from runners.pace import Pace
-from tests import lora_files
+from runners.stepping import Decoder, share_passes
+from tests import lora_files, miniatures
 from tests.conftest import held
 
 PICTURE = Pixels(width=64, height=64, data=np.random.default_rng(0).integers(0, 256, 64 * 64 * 3, dtype=np.uint8).tobytes())
@@ -77,6 +78,30 @@ def together(device: Device, *requests: dict) -> tuple[list[Generation], list[in
         return [f.result(60) for f in futures], rows
     finally:
         hook.remove()
+
+
+@pytest.fixture
+def decoded(device: Device) -> Iterator[list[int]]:
+    """How many pictures of the starter were decoded at once, time after time."""
+    entry, rows = device.catalogue.find("starter"), []
+    vae = device.residency.acquire(entry, device.fetch(entry), torch.float32).base.vae
+    hook = vae.decoder.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    yield rows
+    hook.remove()
+
+
+def test_those_that_take_their_last_step_at_once_are_decoded_together(device: Device, decoded: list[int]) -> None:
+    asked = [{"prompt": prompt, "seed": i, "num_inference_steps": steps} for i, (prompt, steps) in enumerate(zip(PROMPTS, (3, 3, 3, 5), strict=False))]
+    shared, _ = together(device, *asked)
+    assert decoded == [3, 1]
+    assert all(worst(one, submit(device, planned(device, **each)).result(60)) <= 1 for one, each in zip(shared, asked, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "upcast", "shared"), [(torch.float16, True, False), (torch.float16, False, True), (torch.bfloat16, True, True)])
+def test_a_vae_that_changes_its_precision_to_decode_is_shared_by_nobody(dtype: torch.dtype, upcast: bool, shared: bool) -> None:
+    pipe = miniatures.sdxl()
+    pipe.vae.to(dtype).register_to_config(force_upcast=upcast)
+    assert isinstance(share_passes(pipe).vae, Decoder) == shared
 
 
 def worst(one: Generation, other: Generation) -> int:

@@ -67,6 +67,19 @@ def runner(tmp_path: Path) -> Iterator[Callable[..., Runner]]:
         one.kill()
 
 
+@pytest.fixture(autouse=True)
+def looks_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "LOOK_S", 0.0)
+
+
+def test_it_looks_no_more_often_than_it_should(runner: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "LOOK_S", 60.0)
+    one, other = runner(8), runner(8)
+    assert [one.threads("work"), other.threads("work"), one.threads("step")] == [8, 4, 8]
+    one.threads("rest")
+    assert one.threads("work") == 4  # it looks when it begins
+
+
 def test_two_that_are_busy_have_half_of_the_cores_each_and_one_alone_has_all(runner: Callable[..., Runner]) -> None:
     one, other = runner(8), runner(8)
     assert one.threads("work") == 8

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from core.plans import PlannedLora
 from core.problems import Problem
@@ -98,6 +99,11 @@ def test_every_layout_draws_what_merged_weights_draw(pipes: dict[str, DiffusionP
     assert np.abs(drawn - plain).max() > 0.1
 
 
+def layers_of_peft(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
+    components = [c for c in pipe.components.values() if isinstance(c, torch.nn.Module)]
+    return [m for component in components for m in component.modules() if isinstance(m, BaseTunerLayer)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_requests_draw_the_same_bytes_before_beside_and_after_loras(pipes: dict[str, DiffusionPipeline], tmp_path: Path, family: str) -> None:
     pipe = pipes[family]
@@ -106,7 +112,9 @@ def test_plain_requests_draw_the_same_bytes_before_beside_and_after_loras(pipes:
     adapters.apply([lora(first)])
     alone = draw(pipe)
     assert not np.array_equal(alone, plain)
+    assert layers_of_peft(pipe)
     adapters.apply([])
+    assert not layers_of_peft(pipe)  # each would cost time, LoRA or none
     assert np.array_equal(draw(pipe), plain)
     adapters.apply([lora(first, 0.5), lora(second, -0.7)])
     both = draw(pipe)
@@ -116,7 +124,7 @@ def test_plain_requests_draw_the_same_bytes_before_beside_and_after_loras(pipes:
     assert np.abs(draw(pipe) - both).max() < 1e-4
     empty(adapters)
     assert np.array_equal(draw(pipe), plain)
-    assert not list(adapters._layers())
+    assert not layers_of_peft(pipe)
 
 
 def test_weight_scales_the_change_and_zero_is_none(adapters: Adapters, tmp_path: Path) -> None:
@@ -301,6 +309,10 @@ def test_rows_of_one_pass_have_loras_of_their_own(pipes: dict[str, DiffusionPipe
     order = [1, 0, 2, 3, 1, 2, 0]  # rows of one LoRA that are neighbours, and that are not
     adapters.act_by_row([acting[i] for i in order])
     mixed = out(len(order))
+    adapters.act_by_row([()] * 3)
+    assert torch.allclose(out(3)[1], alone[0][0], atol=1e-4)
+    assert not layers_of_peft(pipe)
+    adapters.act_by_row([acting[i] for i in order])
     assert all(torch.allclose(mixed[row], alone[i][0], atol=1e-4) for row, i in enumerate(order))
     assert min((alone[i] - alone[j]).abs().max() for i in range(4) for j in range(i)) > 1e-2
     with pytest.raises(ValueError, match="1 rows came to a layer, of 7"):
