@@ -13,12 +13,12 @@ import asyncio
 import contextlib
 import io
 import os
+import random
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,19 +90,20 @@ async def measure(contenders: Started, options: argparse.Namespace, end: float) 
     measured = Measured(contenders, chosen)
     await warm_up(measured, image)
     measured.idle_cpu = idle_cpu([pid for contender in contenders.running for pid in contender.pids])
-    order, took, raw_rate = deque(contenders.running), dict.fromkeys((s.name for s in chosen), 0.0), 1.0
+    order, took, raw_rate = [*contenders.running], dict.fromkeys((s.name for s in chosen), 0.0), 1.0
+    shuffled = random.Random(0)
     for number in range(1 if options.quick else options.rounds):
         for scenario in chosen:
             if number % scenario.every or (number and time.monotonic() + took[scenario.name] > end):
                 continue
             began = time.monotonic()
-            for contender in list(order):
+            shuffled.shuffle(order)  # whoever always followed one that leaves a core idle would have a processor that has rested
+            for contender in order:
                 if all(map(contender.can, scenario.pictures)):
                     with contenders.only(contender):
                         got = await attempt(contender, scenario, driving.times(scenario, raw_rate, number))
                     measured.of(scenario, contender.name).append(got)
             took[scenario.name] = time.monotonic() - began
-            order.rotate(1)
             told(measured, scenario, number)
             raw = [b.rate for s in chosen if s.models == {STARTER} and s.clients == 1 and s.way == "closed" for b in measured.of(s, "raw loop") if b]
             raw_rate = statistics.median(raw) if raw else raw_rate
