@@ -128,7 +128,7 @@ def measured(family: Family, folder: Path, device: torch.device, options: argpar
     settings = Settings(models=Models(default=entries[0].id, catalogue=entries, max_batch=max(options.batches), idle_timeout_s=1e6))
     easel, rows, floor = Device(settings, Catalogue(settings)), [], 0.0
     for entry in entries:
-        guidance = easel.catalogue.find(entry.id).guidance_scale
+        guidance = easel.catalogue.plan(GenerationRequest(prompt="red apple", model_id=entry.id), Inputs(), "bench").guidance_scale
         asked = {"prompt": "red apple", "model_id": entry.id, "width": side, "height": side, "num_inference_steps": steps, "guidance_scale": guidance}
         seeds = itertools.count()
 
