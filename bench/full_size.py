@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import turns
@@ -40,9 +40,11 @@ from core.requests import GenerationRequest
 from core.settings import Settings
 from runners import loading
 from runners.device import Device
+from runners.work import Job
 from tests import miniatures
 
 SECTION = "## Full-size models"
+T = TypeVar("T")
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280, "hidden_act": "gelu"}
 T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu", "vocab_size": 32128}
@@ -85,6 +87,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results.md")
     options = parser.parse_args()
     device = loading.device_for(None)
+    torch.set_num_threads(1)  # of this thread
     lines = [
         SECTION, "", turns.where("bench/full_size.py", os.getloadavg()[0]), "", f"On {named(device)}. Seconds a picture: median (least to greatest).", "",
         "| model | mode | at once | diffusers, s | Easel, s | diffusers / Easel | Easel / floor | peak MiB: diffusers, Easel |", "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -125,7 +128,7 @@ def measured(family: Family, folder: Path, device: torch.device, options: argpar
     size = SIZES[family]
     side, steps = options.side or size.side, options.steps or size.steps
     entries = [Model(id=mode, family=family, source=str(folder), size=size.side, optimise=optimise) for mode, optimise in MODES.items()]
-    settings = Settings(models=Models(default=entries[0].id, catalogue=entries, max_batch=max(options.batches), idle_timeout_s=1e6))
+    settings = Settings(models=Models(default=entries[0].id, catalogue=entries, max_batch=max(options.batches), idle_timeout_s=1e6, cpu_threads=os.cpu_count()))
     easel, rows, floor = Device(settings, Catalogue(settings)), [], 0.0
     for entry in entries:
         guidance = easel.catalogue.plan(GenerationRequest(prompt="red apple", model_id=entry.id), Inputs(), "bench").guidance_scale
@@ -141,12 +144,19 @@ def measured(family: Family, folder: Path, device: torch.device, options: argpar
         by_easel(1)
         resident = easel.residency.acquire(easel.catalogue.find(entry.id), folder, precision(family, device))
 
-        def by_diffusers(batch: int, steps: int = steps, pipe: DiffusionPipeline = resident.base, guidance: float = guidance) -> None:
+        def pipeline(batch: int, steps: int = steps, pipe: DiffusionPipeline = resident.base, guidance: float = guidance) -> None:
             generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
             pipe(["red apple"] * batch, width=side, height=side, num_inference_steps=steps, guidance_scale=guidance, generator=generators)
 
+        def in_its_thread(work: Callable[[], T]) -> T:
+            """The device's; on a CPU, another that computes would have a team of OpenMP threads too."""
+            return easel.queue.submit(Job("diffusers", "bench", lambda _: work(), turns.REPLY_S)).result(turns.REPLY_S)
+
+        def by_diffusers(batch: int, pipeline: Callable[[int], None] = pipeline) -> None:
+            in_its_thread(lambda: pipeline(batch))
+
         if not floor:
-            floor = operations(by_diffusers, steps) / rate(device, precision(family, device))
+            floor = in_its_thread(lambda pipeline=pipeline: operations(pipeline, steps) / rate(device, precision(family, device)))
         for batch in options.batches:
             took: dict[Callable[[int], None], list[float]] = {by_diffusers: [], by_easel: []}
             peaks = {by_diffusers: 0, by_easel: 0}
@@ -160,7 +170,7 @@ def measured(family: Family, folder: Path, device: torch.device, options: argpar
             told = f"{peaks[by_diffusers] >> 20}, {peaks[by_easel] >> 20}" if device.type == "cuda" else "-"
             rows.append(f"| {family}, {side}x{side}, {steps} steps | {entry.id} | {batch} | {spread(raw, 2)} | {spread(own, 2)} | {spread(ratios, 2)} | {statistics.median(own) / floor:.1f} | {told} |")
             print(rows[-1], file=sys.stderr, flush=True)
-        del resident, by_diffusers
+        del resident, pipeline, by_diffusers
         easel.unload(entry.id).result(turns.REPLY_S)
         gc.collect()
     easel.queue.close()
