@@ -130,6 +130,11 @@ def measured(family: Family, folder: Path, device: torch.device, options: argpar
     entries = [Model(id=mode, family=family, source=str(folder), size=size.side, optimise=optimise) for mode, optimise in MODES.items()]
     settings = Settings(models=Models(default=entries[0].id, catalogue=entries, max_batch=max(options.batches), idle_timeout_s=1e6, cpu_threads=os.cpu_count()))
     easel, rows, floor = Device(settings, Catalogue(settings)), [], 0.0
+
+    def in_its_thread(work: Callable[[], T]) -> T:
+        """The device's; on a CPU, another that computes would have a team of OpenMP threads too."""
+        return easel.queue.submit(Job("diffusers", "bench", lambda _: work(), turns.REPLY_S)).result(turns.REPLY_S)
+
     for entry in entries:
         guidance = easel.catalogue.plan(GenerationRequest(prompt="red apple", model_id=entry.id), Inputs(), "bench").guidance_scale
         asked = {"prompt": "red apple", "model_id": entry.id, "width": side, "height": side, "num_inference_steps": steps, "guidance_scale": guidance}
@@ -147,10 +152,6 @@ def measured(family: Family, folder: Path, device: torch.device, options: argpar
         def pipeline(batch: int, steps: int = steps, pipe: DiffusionPipeline = resident.base, guidance: float = guidance) -> None:
             generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
             pipe(["red apple"] * batch, width=side, height=side, num_inference_steps=steps, guidance_scale=guidance, generator=generators)
-
-        def in_its_thread(work: Callable[[], T]) -> T:
-            """The device's; on a CPU, another that computes would have a team of OpenMP threads too."""
-            return easel.queue.submit(Job("diffusers", "bench", lambda _: work(), turns.REPLY_S)).result(turns.REPLY_S)
 
         def by_diffusers(batch: int, pipeline: Callable[[int], None] = pipeline) -> None:
             in_its_thread(lambda: pipeline(batch))
