@@ -1,17 +1,19 @@
-"""What a picture takes in memory beside the weights, by family: the coefficients in core/memory.py.
+"""What a picture takes in memory beside the weights, by family: the coefficients in runners/memory.py.
 
     python bench/memory.py
 
 Runs the families' real architectures on fake tensors (shapes without data, so that neither weights nor
 a GPU are needed) and counts the bytes of the tensors alive at each moment. Attention is counted as torch's
 fused kernels do it, without a matrix of scores. Prints, for each family, the largest sum in the denoiser
-and in the VAE for one row and one pixel, in numbers (bytes divided by the precision's).
+and in the VAE for one row and one pixel, and what is kept of the texts from step to step for one row and one token, in numbers
+(bytes divided by the precision's).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from core.settings import ROOT
+from runners import cross_attention
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 SD2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
@@ -99,10 +102,6 @@ def unidiffuser(rows: int) -> int:
     return peak(model, lambda: model(*args))
 
 
-def starter(rows: int, side: int) -> int:
-    return unet(dict(UNet2DConditionModel.load_config(ROOT / "starter/stable-diffusion/unet")), rows, side)
-
-
 def vae(config: dict[str, Any], rows: int, side: int, encode: bool = False) -> int:
     model = AutoencoderKL(**config)
     factor = 2 ** (len(model.config.block_out_channels) - 1)
@@ -111,18 +110,27 @@ def vae(config: dict[str, Any], rows: int, side: int, encode: bool = False) -> i
     return peak(model, lambda: model.decode(torch.randn(rows, model.config.latent_channels, side // factor, side // factor)))
 
 
+UNETS = {"starter": dict(UNet2DConditionModel.load_config(ROOT / "starter/stable-diffusion/unet")), "sd15": SD15, "sd2": SD2, "sdxl": SDXL}
 STARTER_VAE = dict(AutoencoderKL.load_config(ROOT / "starter/stable-diffusion/vae"))
 FAMILIES: dict[str, tuple[Callable[[int, int], int], dict[str, Any], int]] = {
-    "starter": (starter, STARTER_VAE, 64),
-    "sd15": (lambda rows, side: unet(SD15, rows, side), VAE, 512),
-    "sd2": (lambda rows, side: unet(SD2, rows, side), VAE, 768),
-    "sdxl": (lambda rows, side: unet(SDXL, rows, side), VAE, 1024),
+    "starter": (partial(unet, UNETS["starter"]), STARTER_VAE, 64),
+    "sd15": (partial(unet, SD15), VAE, 512),
+    "sd2": (partial(unet, SD2), VAE, 768),
+    "sdxl": (partial(unet, SDXL), VAE, 1024),
     "flux": (flux, {**VAE, "latent_channels": 16}, 1024),
     "unidiffuser": (lambda rows, _: unidiffuser(rows), VAE, 512),
 }
 
 
+def kept(config: dict[str, Any]) -> int:
+    """Numbers for each row and token."""
+    return cross_attention.numbers(UNet2DConditionModel(**config))
+
+
 def main() -> None:
+    with FakeTensorMode():
+        for name, config in UNETS.items():
+            print(f"{name:12} {kept(config)} numbers kept for each row and token")
     print(f"{'family':12} {'rows':>4} {'side':>5} {'denoise':>9} {'decode':>9} {'encode':>9}  numbers for each row and pixel (float32 runs)")
     for name, (denoiser, vae_config, side) in FAMILIES.items():
         for rows, length in ((1, side), (4, side), (1, side * 2)):

@@ -25,21 +25,25 @@ from core.problems import Problem
 from runners import weights
 from runners.optimising import QUANTISED, TILE
 
+TOKENS = 77  # of a prompt, at the least
+
 
 @dataclass(frozen=True)
 class Activations:
-    """Numbers alive at once for each row and pixel, in a step of the denoiser and in the VAE's two directions."""
+    """Numbers alive at once for each row and pixel, in a step of the denoiser and in the VAE's two directions; and for each
+    row and token of text, what is kept of it from step to step (runners.cross_attention)."""
 
     denoise: float
     decode: float = 768
     encode: float = 643
+    texts: int = 0
 
 
 ACTIVATIONS: dict[Family, Activations] = {
-    "starter": Activations(19, 193, 131),
-    "sd15": Activations(130),
-    "sd2": Activations(130),
-    "sdxl": Activations(79),
+    "starter": Activations(19, 193, 131, texts=1792),
+    "sd15": Activations(130, texts=24960),
+    "sd2": Activations(130, texts=24960),
+    "sdxl": Activations(79, texts=166400),
     "flux": Activations(205),
     "unidiffuser": Activations(181),
     # Of an upscaler's tile, enlarged. Networks differ widely: the starter's, among the smallest, has 15. The
@@ -109,7 +113,8 @@ def activations(request: Request, way: Way) -> int:
     pixels = request.width * request.height
     if way.thrifty and request.entry.model.family == "upscaler":
         pixels //= 4  # tiles of half the side
-    denoise = numbers.denoise * max(way.rows, request.frames) * (2 if request.guided else 1) * pixels * request.dtype.itemsize
+    texts = 0 if optimise.compile else numbers.texts * TOKENS * way.rows
+    denoise = (numbers.denoise * max(way.rows, request.frames) * pixels + texts) * (2 if request.guided else 1) * request.dtype.itemsize
     vae_rows = 1 if way.thrifty or optimise.vae_slicing else way.rows
     tile = TILE if way.thrifty else request.entry.traits.size if optimise.vae_tiling else math.inf
     vae_pixels = min(pixels, tile**2)

@@ -21,6 +21,7 @@ from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from core.optimising import Optimise
+from runners import cross_attention
 
 QUANTISED = ("transformer", "text_encoder_2")  # Flux's two large parts
 _PLAIN_ATTENTION = (AttnProcessor, AttnProcessor2_0)
@@ -68,6 +69,8 @@ def apply(pipe: DiffusionPipeline, optimise: Optimise, device: torch.device) -> 
     place(pipe, optimise, device)
     if optimise.compile:  # dynamic: one compilation for every size and batch
         denoiser.compile_repeated_blocks(dynamic=True)
+    else:
+        cross_attention.keep_texts(denoiser)
 
 
 def place(pipe: DiffusionPipeline, optimise: Optimise, device: torch.device) -> None:

@@ -10,7 +10,7 @@ taken their last step at once are decoded together, too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -29,6 +29,7 @@ log = logging.getLogger("easel.stepping")
 T = TypeVar("T")
 Network = Callable[..., Any]  # a denoiser, or a VAE's decoding
 Pass = tuple[Tensor, ...]  # what it returns for `return_dict=False`
+Kind = tuple[Any, ...]
 _POSITIONS = ("txt_ids", "img_ids")  # of Flux: the tokens' places, which all rows have in common
 
 
@@ -85,9 +86,10 @@ class Call:
     others: dict[str, Any]
     rebuild: Callable[[list[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
     rows: int
-    kind: tuple[Any, ...]
+    kind: Kind
     whose: Any
     step: bool
+    texts: int | None  # which of the tensors are the prompts' embeddings
 
     @classmethod
     def of(cls, network: Network, args: tuple[Any, ...], named: dict[str, Any], whose: Any = None, step: bool = True) -> Call:
@@ -108,21 +110,50 @@ class Call:
 
         kinds = [(leaf.shape[1:], leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
         kind = (network, repr(spec), *kinds, *(tuple(t.shape) for t in common.values()))
-        return cls(network, [leaves[place] for place in places], common, rebuild, rows, kind, whose, step)
+        tensors = [leaves[place] for place in places]
+        texts = next((i for i, tensor in enumerate(tensors) if tensor is named.get("encoder_hidden_states")), None)
+        return cls(network, tensors, common, rebuild, rows, kind, whose, step, texts)
 
 
-def together(calls: list[Call], most: int | None = None, before: Callable[[list[Any]], object] = lambda _: None) -> list[Pass]:
+class Texts:
+    """The prompts' embeddings of a pass's rows: the very same tensors as at the pass before while the same runs give the same,
+    so that the denoiser knows what it has made of them (runners.cross_attention)."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Kind, tuple[list[Any], list[Tensor]]] = {}  # by whom and of what they were made, and they
+
+    def parts(self, calls: list[Call], given: Sequence[Tensor], most: int) -> list[Tensor]:
+        """Put together, at most `most` rows each; always new tensors for other runs."""
+        kind, known = calls[0].kind, [*(call.whose for call in calls), *given]
+        kept, parts = self._kept.get(kind, ([], []))
+        if len(kept) == len(known) and all(a is b for a, b in zip(kept, known, strict=True)):
+            return parts
+        self._kept[kind] = known, _parts(given, most)
+        return self._kept[kind][1]
+
+    def forget(self, but: Container[Kind] = ()) -> None:
+        """All that are not of these kinds of calls."""
+        self._kept = {kind: kept for kind, kept in self._kept.items() if kind in but}
+
+
+def together(calls: list[Call], most: int | None = None, before: Callable[[list[Any]], object] = lambda _: None, texts: Texts | None = None) -> list[Pass]:
     """The denoiser's answer to each of the calls, which are of one kind; at most `most` rows go through it at once.
     `before` a pass is told whose each of its rows is."""
     first, rows = calls[0], sum(call.rows for call in calls)
-    stacked = [torch.cat(of_all) if len(calls) > 1 else of_all[0] for of_all in zip(*(call.tensors for call in calls), strict=True)]
-    parts, whose = [], [call.whose for call in calls for _ in range(call.rows)]
-    for start in range(0, rows, most or rows):
-        before(whose[start : start + (most or rows)])
-        args, named = first.rebuild([t[start : start + (most or rows)] for t in stacked])
-        parts.append(first.network(*args, **named, **first.others))
-    whole = [torch.cat(of_all) if len(parts) > 1 else of_all[0] for of_all in zip(*parts, strict=True)]
+    most, texts = most or rows, texts or Texts()
+    given = enumerate(zip(*(call.tensors for call in calls), strict=True))
+    parts = zip(*(texts.parts(calls, of_all, most) if i == first.texts else _parts(of_all, most) for i, of_all in given), strict=True)
+    made, whose = [], [call.whose for call in calls for _ in range(call.rows)]
+    for start, tensors in zip(range(0, rows, most), parts, strict=True):
+        before(whose[start : start + most])
+        args, named = first.rebuild([*tensors])
+        made.append(first.network(*args, **named, **first.others))
+    whole = [torch.cat(of_all) if len(made) > 1 else of_all[0] for of_all in zip(*made, strict=True)]
     return list(zip(*(t.split([call.rows for call in calls]) for t in whole), strict=True))
+
+
+def _parts(given: Sequence[Tensor], most: int) -> list[Tensor]:
+    return list((torch.cat([*given]) if len(given) > 1 else given[0]).split(most))
 
 
 class Run(greenlet, Generic[T]):  # type: ignore[misc]
@@ -165,6 +196,7 @@ class Runs(Generic[T]):
     most: int | None = None  # rows that go through the denoiser at once, since memory ran out, and
     most_pictures: int | None = None  # how many pictures that is
     running: list[Run[T]] = field(default_factory=list)
+    _texts: Texts = field(default_factory=Texts)
 
     @property
     def pictures(self) -> int:
@@ -185,9 +217,10 @@ class Runs(Generic[T]):
         yield from self._pass(self.running)
         while decoding := [run for run in self.running if run.call and not run.call.step]:
             yield from self._pass(decoding)
+        self._texts.forget(but={run.call.kind for run in self.running if run.call})
 
     def _pass(self, runs: list[Run[T]]) -> Iterator[Run[T]]:
-        kinds: dict[tuple[Any, ...], list[Run[T]]] = {}
+        kinds: dict[Kind, list[Run[T]]] = {}
         for run in runs:
             assert run.call is not None
             kinds.setdefault(run.call.kind, []).append(run)
@@ -209,7 +242,7 @@ class Runs(Generic[T]):
                 if not calls[0].step:
                     return [*together(calls, self.most)]
                 with self.pace.timed(pictures, self.device):
-                    answers = together(calls, self.most, self.before)
+                    answers = together(calls, self.most, self.before, self._texts)
                 metrics.BATCH_ROWS.labels(metrics.here()).observe(pictures)
                 return [*answers]
             except Exception as error:
@@ -220,6 +253,7 @@ class Runs(Generic[T]):
                 metrics.OUT_OF_MEMORY.labels(metrics.here()).inc()
                 log.warning("a pass of %d rows ran out of memory; going on with %d at once", rows, self.most)
                 failure.__traceback__ = None  # it holds on to the tensors of the pass
+                self._texts.forget()
                 release_memory(self.device)
             elif len(calls) > 1:
                 return [answer for call in calls for answer in self._answers([call], 1)]

@@ -277,5 +277,7 @@ def test_the_coefficients_are_what_the_architectures_take(family: str) -> None:
     with bench.FakeTensorMode():
         denoise, config, side = bench.FAMILIES[family]
         counted = [f() / 4 / side**2 for f in (lambda: denoise(1, side), lambda: bench.vae(config, 1, side), lambda: bench.vae(config, 1, side, encode=True))]
+        kept = bench.kept(bench.UNETS[family])
     known = memory.ACTIVATIONS[family]
     assert counted == pytest.approx([known.denoise, known.decode, known.encode], rel=0.05)
+    assert kept == known.texts
