@@ -136,11 +136,8 @@ class Gate:
         if path in DIRECT:
             scope = {**scope, "path": DIRECT[path], "raw_path": DIRECT[path].encode()}
             app = self.http
-        self.draining.in_hand += 1
-        try:
+        with self.draining.answering():
             await app(scope, self._bounded(scope, receive), answer)
-        finally:
-            self.draining.in_hand -= 1
         await answer.finish()
 
     async def _ready(self, answer: _Answer) -> None:

@@ -70,7 +70,7 @@ class Work:
                 room = self.store.settings.at_once - len(self._doing)
                 here = sorted(({runner_of(worker) for worker in backend.workers()} & SERVICES.keys()) - self._down.keys())
                 for job in await asyncio.to_thread(self.store.claim, here, room) if here and room > 0 else []:
-                    task = self._doing[job.id] = asyncio.create_task(self._do(job))
+                    task = self._doing[job.id] = asyncio.create_task(self._held(job))
                     task.add_done_callback(partial(self._done, job.id))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):  # wait_for would lose a cancel that comes with a wake
@@ -89,9 +89,12 @@ class Work:
                     self.webhooks.send(job, "completed")
             await asyncio.sleep(self.store.settings.lease_s / 3)
 
+    async def _held(self, job: Job) -> None:
+        with self.draining.holding():
+            await self._do(job)
+
     async def _do(self, job: Job) -> None:
         """One attempt."""
-        self.draining.in_hand += 1
         gone = asyncio.Event()
         logs.begin(None, job.id)
         try:
@@ -117,7 +120,6 @@ class Work:
             await self._put(self.store.finish, job.id, "failed", None, None, error.details)
         finally:
             self._begun.discard(job.id)
-            self.draining.in_hand -= 1
 
     async def _failed(self, job: Job, problem: Problem) -> None:
         """Try again, elsewhere perhaps, or end the job."""
@@ -126,7 +128,7 @@ class Work:
             return
         if now.status == "canceling":
             await self._put(self.store.finish, job.id, "canceled")
-        elif slug == "cancelled":  # by ourselves, on the way out
+        elif slug == "cancelled" or (slug == "draining" and self.draining.active):  # by ourselves, on the way out
             await self._put(self.store.release, job.id, 0, False)
         elif slug in _FULL or (slug in _GONE and now.attempts < self.store.settings.attempts):
             log.info("%s is tried again: %s", job.id, problem.details.detail)

@@ -110,7 +110,7 @@ class Server:
             port = probe.getsockname()[1]
         self.url, self.key = f"http://127.0.0.1:{port}", secrets.token_urlsafe(24)
         own = {"API_KEY": self.key, "ADMIN_API_KEY": secrets.token_urlsafe(24), "EASEL_SERVER__PORT": str(port)}
-        quiet = {"EASEL_SERVER__HOST": "127.0.0.1", "HF_HUB_OFFLINE": "1", "BENTOML_DO_NOT_TRACK": "True"}
+        quiet = {"EASEL_SERVER__HOST": "127.0.0.1", "EASEL_SERVER__GRACE_S": "5", "HF_HUB_OFFLINE": "1", "BENTOML_DO_NOT_TRACK": "True"}
         self._log = tempfile.TemporaryFile()
         started = time.monotonic()
         self._process = subprocess.Popen(

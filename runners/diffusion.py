@@ -73,11 +73,10 @@ class DiffusionRunner:
         """Do what a plan says; a problem comes back as data, so that it keeps its shape."""
         logs.request_id.set(plan.request_id)
         logs.of_job(plan.job_id)
-        self.draining.in_hand += 1
-        try:
+        with self.draining.holding(partial(self._stop, plan.id)):
             generation = await self._done(plan)
-        finally:
-            self.draining.in_hand -= 1
+        if generation.problem and self.draining.over:
+            generation = Generation(problem=self.draining.refuse().details)
         metrics.done(generation, plan.model_id if plan.model_id in self.catalogue.entries else metrics.UNLISTED)
         log.info("failed" if generation.problem else "done", extra={**logs.of_plan(plan), **_told(generation)})
         return generation
@@ -106,6 +105,9 @@ class DiffusionRunner:
     @bentoml.api(route="/internal/cancel")
     async def cancel(self, plan_id: str) -> bool:
         """Stop a plan, waiting (for its model's files or its turn) or at its next step; False where it is unknown or done."""
+        return self._stop(plan_id)
+
+    def _stop(self, plan_id: str) -> bool:
         if waiting := self._preparing.get(plan_id):
             return waiting.cancel()
         return self._in_hand.leave(plan_id)

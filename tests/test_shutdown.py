@@ -50,6 +50,29 @@ def test_sigterm_delivers_the_picture_and_refuses_more(tmp_path: Path) -> None:
         assert server.process.wait(90) == 0
 
 
+def test_what_the_grace_time_is_too_short_for_is_told_and_ended(tmp_path: Path) -> None:
+    answers: list[requests.Response] = []
+    with serving(tmp_path, {**ONE_MODEL, "server": {"grace_s": 3}, "jobs": {"attempts": 1}}) as server:
+        job = server.post("/jobs", params={"prompt": "x", "num_inference_steps": 150, "count_returned": 4}).json()["urls"]["self"]
+        wait_for(lambda: server.get(job).json()["status"] == "running", 30, server)
+        asked = [threading.Thread(target=lambda: answers.append(server.post("/post_config", params={**SLOW, "count_returned": 4}))) for _ in range(12)]
+        for thread in asked:
+            thread.start()
+        wait_for(lambda: server.get("/buffer_status").json()["queue"]["waiting"] >= 4, 30, server)
+        workers = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        assert not psutil.wait_procs(workers, timeout=5)[1]
+        for thread in asked:
+            thread.join(10)
+        assert len(answers) == 12
+        for answer in answers:
+            assert problem(answer, 503)["type"].endswith("draining")
+        assert "Traceback" not in server.log.read_text()
+    with serving(tmp_path, {**ONE_MODEL, "server": {"grace_s": 3}, "jobs": {"attempts": 1}}) as server:  # the job was given back
+        wait_for(lambda: server.get(job).json()["status"] == "succeeded", 90, server)
+
+
 def test_a_killed_server_leaves_no_process_behind(tmp_path: Path) -> None:
     with serving(tmp_path, ONE_MODEL) as server:
         workers = psutil.Process(server.process.pid).children(recursive=True)
@@ -158,7 +181,7 @@ def test_an_entry_that_is_killed_under_load_comes_back_and_loses_no_job(tmp_path
         killed.kill()
         before = len(seen)
         wait_for(lambda: [p for p in entries_of(server) if p != killed] != [] and server.is_ready(), 60, server)
-        wait_for(lambda: {server.get(f"/jobs/{job}").json()["status"] for job in jobs} == {"succeeded"}, 60, server)
+        wait_for(lambda: {server.get(job).json()["status"] for job in jobs} == {"succeeded"}, 60, server)
         wait_for(lambda: 200 in seen[before + 3 :], 60, server)
         over.set()
         for client in clients:
