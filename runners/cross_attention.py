@@ -8,7 +8,8 @@ them, too, and go with them. What is found is what would have been made, to the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,12 +47,25 @@ def _once(kept: WeakTensorKeyDictionary, texts: Tensor, make: Callable[[Tensor],
 
 def keep_texts(network: nn.Module) -> None:
     """Let a network (a UNet, a ControlNet) keep them; one without cross-attention stays as it is."""
-    for block in network.modules():
-        if isinstance(block, BasicTransformerBlock) and isinstance(block.attn2, Attention):
-            block.attn2.forward = partial(Attention.forward, Kept(block.attn2))
+    for layer in _layers(network):
+        layer.forward = partial(Attention.forward, Kept(layer))
+
+
+@contextmanager
+def plain(network: nn.Module) -> Iterator[None]:
+    """A network as diffusers has it, to compare with."""
+    kept = {layer: vars(layer).pop("forward") for layer in _layers(network) if "forward" in vars(layer)}
+    try:
+        yield
+    finally:
+        for layer, forward in kept.items():
+            layer.forward = forward
 
 
 def numbers(network: nn.Module) -> int:
     """How many are kept for each row and token of text."""
-    found = [block.attn2 for block in network.modules() if isinstance(block, BasicTransformerBlock) and isinstance(block.attn2, Attention)]
-    return sum(layer.to_k.out_features + layer.to_v.out_features for layer in found)
+    return sum(layer.to_k.out_features + layer.to_v.out_features for layer in _layers(network))
+
+
+def _layers(network: nn.Module) -> list[Attention]:
+    return [block.attn2 for block in network.modules() if isinstance(block, BasicTransformerBlock) and isinstance(block.attn2, Attention)]

@@ -15,7 +15,7 @@ from core.catalogue import Catalogue
 from core.generation import Generation
 from core.model_settings import ControlNet, Model, Models
 from core.settings import Settings
-from runners.cross_attention import Kept, keep_texts, numbers
+from runners.cross_attention import Kept, keep_texts, numbers, plain
 from runners.device import Device
 from runners.pace import Pace
 from tests import lora_files, miniatures
@@ -66,13 +66,8 @@ def draw(device: Device, *asked: dict) -> tuple[list[Generation], list[int]]:
 
 def plainly(device: Device, **asked: object) -> Generation:
     """The picture as diffusers draws it, with nothing kept."""
-    found = layers(unet(device, str(asked.get("model_id", "starter"))))
-    forwards = [vars(layer).pop("forward") for layer in found]
-    try:
+    with plain(unet(device, str(asked.get("model_id", "starter")))):
         return draw(device, asked)[0][0]
-    finally:
-        for layer, forward in zip(found, forwards, strict=True):
-            layer.forward = forward
 
 
 @pytest.mark.parametrize(
@@ -82,11 +77,11 @@ def plainly(device: Device, **asked: object) -> Generation:
 )
 def test_they_are_made_once_and_the_picture_is_the_same(device: Device, asked: dict) -> None:
     asked = {"num_inference_steps": 4, "seed": 3, **asked}
-    plain = plainly(device, **asked)
+    theirs = plainly(device, **asked)
     (made,), rows = draw(device, asked)
     assert made.ran.steps_run >= 4
     assert rows == [1 if asked.get("guidance_scale") == 1 else 2] * (2 if "hr_scale" in asked else 1)
-    assert made.pictures[0].data == plain.pictures[0].data
+    assert made.pictures[0].data == theirs.pictures[0].data
 
 
 def test_a_lora_acts_on_them(device: Device, tmp_path: Path) -> None:
@@ -94,9 +89,9 @@ def test_a_lora_acts_on_them(device: Device, tmp_path: Path) -> None:
     path = lora_files.write(tmp_path / "one.safetensors", matrices)
     assert any("attn2.to_k" in key for key in matrices)
     asked = [{"seed": 3, "num_inference_steps": 4, "loras": loras} for loras in ([(path, 1.0)], [(path, 0.5)], [])]
-    plain = [plainly(device, **each).pictures[0].data for each in asked]
-    assert [draw(device, each)[0][0].pictures[0].data for each in asked] == plain  # one after another: nothing of one is left for the next
-    assert len(set(plain)) == 3
+    theirs = [plainly(device, **each).pictures[0].data for each in asked]
+    assert [draw(device, each)[0][0].pictures[0].data for each in asked] == theirs  # one after another: nothing of one is left for the next
+    assert len(set(theirs)) == 3
 
 
 def test_with_others_they_are_made_anew_when_one_goes(device: Device) -> None:
