@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from core.settings import ROOT
-from runners import cross_attention
+from runners import attention
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 SD2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
@@ -124,7 +124,7 @@ FAMILIES: dict[str, tuple[Callable[[int, int], int], dict[str, Any], int]] = {
 
 def kept(config: dict[str, Any]) -> int:
     """Numbers for each row and token."""
-    return cross_attention.numbers(UNet2DConditionModel(**config))
+    return attention.numbers(UNet2DConditionModel(**config))
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from core.guides import Control
 from core.images import to_pil
 from core.model_settings import ControlNet, Family
 from core.plans import Plan
-from runners import cross_attention
+from runners import attention
 
 _SD: dict[str, type[DiffusionPipeline]] = {
     "txt2img": StableDiffusionControlNetPipeline,
@@ -67,7 +67,7 @@ def load(path: Path, net: ControlNet, dtype: torch.dtype, device: torch.device) 
     """
     cls = FluxControlNetModel if net.family == "flux" else ControlNetModel
     model: nn.Module = cls.from_pretrained(path, dtype=dtype, variant=net.variant, use_safetensors=True, local_files_only=True)
-    cross_attention.keep_texts(model)
+    attention.repeat_nothing(model)
     return model.to(device).eval()
 
 

@@ -31,7 +31,7 @@ TOKENS = 77  # of a prompt, at the least
 @dataclass(frozen=True)
 class Activations:
     """Numbers alive at once for each row and pixel, in a step of the denoiser and in the VAE's two directions; and for each
-    row and token of text, what is kept of it from step to step (runners.cross_attention)."""
+    row and token of text, what is kept of it from step to step (runners.attention)."""
 
     denoise: float
     decode: float = 768

@@ -21,7 +21,7 @@ from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from core.optimising import Optimise
-from runners import cross_attention
+from runners import attention
 
 QUANTISED = ("transformer", "text_encoder_2")  # Flux's two large parts
 _PLAIN_ATTENTION = (AttnProcessor, AttnProcessor2_0)
@@ -70,7 +70,7 @@ def apply(pipe: DiffusionPipeline, optimise: Optimise, device: torch.device) -> 
     if optimise.compile:  # dynamic: one compilation for every size and batch
         denoiser.compile_repeated_blocks(dynamic=True)
     else:
-        cross_attention.keep_texts(denoiser)
+        attention.repeat_nothing(denoiser)
 
 
 def place(pipe: DiffusionPipeline, optimise: Optimise, device: torch.device) -> None:

@@ -117,7 +117,7 @@ class Call:
 
 class Texts:
     """The prompts' embeddings of a pass's rows: the very same tensors as at the pass before while the same runs give the same,
-    so that the denoiser knows what it has made of them (runners.cross_attention)."""
+    so that the denoiser knows what it has made of them (runners.attention)."""
 
     def __init__(self) -> None:
         self._kept: dict[Kind, tuple[list[Any], list[Tensor]]] = {}  # by whom and of what they were made, and they

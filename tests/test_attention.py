@@ -15,7 +15,7 @@ from core.catalogue import Catalogue
 from core.generation import Generation
 from core.model_settings import ControlNet, Model, Models
 from core.settings import Settings
-from runners.cross_attention import Kept, keep_texts, numbers, plain
+from runners.attention import Kept, numbers, plain, repeat_nothing
 from runners.device import Device
 from runners.pace import Pace
 from tests import lora_files, miniatures
@@ -47,7 +47,7 @@ def layers(network: nn.Module) -> list[nn.Module]:
 
 
 def kept(network: nn.Module) -> list[Kept]:
-    return [layer.forward.args[0] for layer in layers(network)]
+    return [layer.forward.args[1] for layer in layers(network)]
 
 
 def draw(device: Device, *asked: dict) -> tuple[list[Generation], list[int]]:
@@ -107,7 +107,7 @@ def test_they_go_with_the_texts(device: Device) -> None:
     assert len(found) == 7
     wait_for(lambda: not any(layer._keys or layer._values for layer in found), 10)  # the answer is there a little before the step ends
     network = UNet2DConditionModel(**miniatures.sdxl().unet.config)
-    keep_texts(network)
+    repeat_nothing(network)
     texts = torch.randn(2, 77, network.config.cross_attention_dim)
     added = {"text_embeds": torch.randn(2, miniatures.sdxl().text_encoder_2.config.projection_dim), "time_ids": torch.randn(2, 6)}
     with torch.no_grad():
