@@ -181,7 +181,7 @@ def test_an_entry_that_is_killed_under_load_comes_back_and_loses_no_job(tmp_path
         killed.kill()
         before = len(seen)
         wait_for(lambda: [p for p in entries_of(server) if p != killed] != [] and server.is_ready(), 60, server)
-        wait_for(lambda: {server.get(job).json()["status"] for job in jobs} == {"succeeded"}, 60, server)
+        wait_for(lambda: {server.get(f"/jobs/{job}").json()["status"] for job in jobs} == {"succeeded"}, 60, server)
         wait_for(lambda: 200 in seen[before + 3 :], 60, server)
         over.set()
         for client in clients:
