@@ -105,14 +105,14 @@ class Draining:
             log.warning("shutting down: %d requests in hand are ended, as the grace time is over", self.in_hand)
             for end in list(self._ends.values()):
                 end()
-            await self._quiet(ENDING_S, 0)
+            await self._quiet(ENDING_S, 0, ending=True)
         before(number, None)
 
-    async def _quiet(self, within_s: float, linger_s: float) -> bool:
-        """Whether nothing was in hand for so long, before the time was over."""
-        ending, quiet_since = self.over, time.monotonic()
+    async def _quiet(self, within_s: float, linger_s: float, ending: bool = False) -> bool:
+        """Whether nothing was in hand for so long, before the time was over; the grace time is by a second signal, too."""
+        quiet_since = time.monotonic()
         end = quiet_since + within_s
-        while time.monotonic() < end and self.over == ending:
+        while time.monotonic() < end and (ending or not self.over):
             if self.in_hand:
                 quiet_since = time.monotonic()
             elif time.monotonic() - quiet_since >= linger_s:

@@ -93,6 +93,21 @@ def test_what_takes_longer_is_told_and_ended(again: bool) -> None:
     asyncio.run(run())
 
 
+def test_two_signals_at_once_leave_no_grace_time() -> None:
+    async def run() -> None:
+        draining = Draining(grace_s=30, linger_s=0)
+        server = Server(draining)
+        work = asyncio.create_task(answer(draining, 60))
+        await asyncio.sleep(0.05)
+        server.signal()
+        server.signal()
+        await server.gone(3)
+        with pytest.raises(Problem, match="shutting down"):
+            await work
+
+    asyncio.run(run())
+
+
 def test_what_does_not_end_is_left_at_a_third_signal() -> None:
     async def run() -> None:
         draining = Draining(grace_s=30, linger_s=0)
