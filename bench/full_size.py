@@ -38,7 +38,7 @@ from core.optimising import Optimise
 from core.plans import Inputs
 from core.requests import GenerationRequest
 from core.settings import Settings
-from runners import attention, loading
+from runners import attention, loading, optimising
 from runners.device import Device
 from runners.work import Job
 from tests import miniatures
@@ -151,7 +151,7 @@ def measured(family: Family, folder: Path, device: torch.device, options: argpar
 
         def pipeline(batch: int, steps: int = steps, pipe: DiffusionPipeline = resident.base, guidance: float = guidance) -> None:
             generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-            with attention.plain(getattr(pipe, "unet", None) or pipe.transformer):
+            with attention.plain(optimising.denoiser_of(pipe)):
                 pipe(["red apple"] * batch, width=side, height=side, num_inference_steps=steps, guidance_scale=guidance, generator=generators)
 
         def by_diffusers(batch: int, pipeline: Callable[[int], None] = pipeline) -> None:

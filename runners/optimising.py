@@ -56,7 +56,7 @@ def apply(pipe: DiffusionPipeline, optimise: Optimise, device: torch.device) -> 
     Other pipelines made of its components share them, since all but offloading by component is a
     property of the components; there, the hooks are theirs too.
     """
-    denoiser = _denoiser(pipe)
+    denoiser = denoiser_of(pipe)
     if optimise.channels_last:
         for module in (denoiser, pipe.vae):
             module.to(memory_format=torch.channels_last)
@@ -91,7 +91,7 @@ def place(pipe: DiffusionPipeline, optimise: Optimise, device: torch.device) -> 
 def thrifty(pipe: DiffusionPipeline, optimise: Optimise, device: torch.device, offload: bool) -> Iterator[None]:
     """Run with as little memory as can be, and leave the pipeline as it was: attention in slices, the
     VAE in slices and tiles, and with `offload` the components on the device one at a time."""
-    vae, denoiser = pipe.vae, _denoiser(pipe)
+    vae, denoiser = pipe.vae, denoiser_of(pipe)
     before = {name: getattr(vae, name) for name in ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size")}
     processors = dict(getattr(denoiser, "attn_processors", {}))
     # IP-Adapter's processors have weights of their own, and compiled blocks would be compiled anew.
@@ -136,7 +136,7 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _denoiser(pipe: DiffusionPipeline) -> Any:
+def denoiser_of(pipe: DiffusionPipeline) -> Any:
     return getattr(pipe, "unet", None) or pipe.transformer
 
 

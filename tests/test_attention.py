@@ -11,29 +11,19 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
-from core.catalogue import Catalogue
 from core.generation import Generation
-from core.model_settings import ControlNet, Model, Models
-from core.settings import Settings
+from core.model_settings import Model
 from runners.attention import Kept, numbers, plain, repeat_nothing
 from runners.device import Device
-from runners.pace import Pace
 from tests import lora_files, miniatures
 from tests.conftest import held, wait_for
-from tests.test_batching import GUIDED, PICTURE, planned, submit
+from tests.test_batching import GUIDED, PICTURE, drawing, planned, submit
 
 
 @pytest.fixture(scope="module")
 def device(miniatures: dict[str, Path]) -> Iterator[Device]:
-    entries = [Model(id="starter", family="starter", source="starter/stable-diffusion"), Model(id="sdxl", family="sdxl", source=str(miniatures["sdxl"]))]
-    nets = [ControlNet(id="starter/controlnet-canny", family="starter")]
-    settings = Settings(models=Models(default="starter", catalogue=entries, controlnets=nets, cpu_threads=1, max_batch=4))
-    made = Device(settings, Catalogue(settings))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pace, "worth", lambda _, ceiling: ceiling)
+    with drawing([Model(id="starter", family="starter", source="starter/stable-diffusion"), Model(id="sdxl", family="sdxl", source=str(miniatures["sdxl"]))]) as made:
         yield made
-    made.queue.close()
-    torch.set_num_threads(2)
 
 
 def unet(device: Device, model: str = "starter") -> nn.Module:
@@ -120,10 +110,5 @@ def test_they_go_with_the_texts(device: Device) -> None:
 
 def test_compiled_blocks_make_them_themselves(miniatures: dict[str, Path]) -> None:
     entries = [Model(id="sdxl", family="sdxl", source=str(miniatures["sdxl"]), optimise={"compile": True})]
-    settings = Settings(models=Models(default="sdxl", catalogue=entries, cpu_threads=1))
-    made = Device(settings, Catalogue(settings))
-    try:
+    with drawing(entries) as made:
         assert not any("forward" in vars(layer) for layer in layers(unet(made, "sdxl")))
-    finally:
-        made.queue.close()
-        torch.set_num_threads(2)

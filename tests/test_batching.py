@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -32,18 +33,25 @@ SIZES = {"starter": 64, "sd15": 128, "sdxl": 256, "flux": 256}
 PROMPTS = ("red apple", "blue heart", "cat face", "green leaf", "yellow star", "pink flower", "dog face", "brown shoe")
 
 
-@pytest.fixture(scope="module")
-def device(miniatures: dict[str, Path]) -> Iterator[Device]:
-    entries = [Model(id="starter", family="starter", source="starter/stable-diffusion")]
-    entries += [Model(id=family, family=family, source=str(miniatures[family])) for family in ("sd15", "sdxl", "flux")]
+@contextlib.contextmanager
+def drawing(entries: list[Model]) -> Iterator[Device]:
+    """A device with these models, the first by default, which draws as many pictures at once as it may."""
     nets = [ControlNet(id="starter/controlnet-canny", family="starter")]
-    settings = Settings(models=Models(default="starter", catalogue=entries, controlnets=nets, cpu_threads=1, max_batch=4))
+    settings = Settings(models=Models(default=entries[0].id, catalogue=entries, controlnets=nets, cpu_threads=1, max_batch=4))
     made = Device(settings, Catalogue(settings))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pace, "worth", lambda _, ceiling: ceiling)  # what this machine's other work does to times is not the question here
         yield made
     made.queue.close()
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def device(miniatures: dict[str, Path]) -> Iterator[Device]:
+    entries = [Model(id="starter", family="starter", source="starter/stable-diffusion")]
+    entries += [Model(id=family, family=family, source=str(miniatures[family])) for family in ("sd15", "sdxl", "flux")]
+    with drawing(entries) as made:
+        yield made
 
 
 def planned(
